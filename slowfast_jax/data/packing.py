@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples to rows of `Batch`: fast positions spliced into text, targets, masks and the pooling map.
+
+Training, evaluation and chat all build their rows here, so they cannot disagree.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+
+from slowfast_jax.data.chat import IMAGE_TOKEN
+from slowfast_jax.errors import UserError
+from slowfast_jax.models.compressor import pooling_matrix
+from slowfast_jax.shapes import FAST, PROMPT, RESPONSE, Batch
+
+QuerySet = Literal["text-only", "text-only-masksystem", "all"]
+QUERY_SETS = ("text-only", "text-only-masksystem", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+  """Static shapes of a row, and the rules that fill them.
+
+  Attributes:
+    num_frames: F, frames of a row.
+    decoder_length: T, decoder positions of a row; longer samples are cut on the right.
+    text_bound: X, the most positions of a row that query slow tokens.
+    image_size: height and width of a frame in pixels.
+    tokens_per_frame: fast tokens of a frame, after the compressor's spatial stride.
+    sampling_stride: the compressor keeps every n-th frame.
+    temporal_stride: the compressor averages n frames into one.
+    min_fast_frames: fewest fast frames that the strides may leave of a longer video.
+    max_fast_frames: Q, fast frames of a row; None: what one video of num_frames needs.
+    query_set: which positions query slow tokens.
+  """
+
+  num_frames: int
+  decoder_length: int
+  text_bound: int
+  image_size: tuple[int, int]
+  tokens_per_frame: int
+  sampling_stride: int = 1
+  temporal_stride: int = 4
+  min_fast_frames: int = 16
+  max_fast_frames: int | None = None
+  query_set: QuerySet = "text-only"
+
+  def __post_init__(self):
+    if self.query_set not in QUERY_SETS:
+      raise UserError(f"query_set must be one of {QUERY_SETS}, got {self.query_set!r}.")
+    for field in ("num_frames", "decoder_length", "text_bound", "tokens_per_frame"):
+      if getattr(self, field) < 1:
+        raise UserError(f"{field} must be at least 1, got {getattr(self, field)}.")
+    if self.max_fast_frames is None:
+      object.__setattr__(self, "max_fast_frames", len(self.pooling(self.num_frames)))
+
+  def pooling(self, num_frames: int) -> Float[np.ndarray, "Q F"]:
+    """The compressor's temporal map of one video. Shared: do not write to it."""
+    return _pooling(num_frames, self.sampling_stride, self.temporal_stride, self.min_fast_frames)
+
+  def num_fast_tokens(self, num_frames: int) -> int:
+    """Decoder positions that a video of so many frames takes."""
+    return len(self.pooling(num_frames)) * self.tokens_per_frame
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """A conversation with its frames.
+
+  Attributes:
+    ids: token ids, IMAGE_TOKEN where a video or image goes.
+    loss_mask: whether each id is learned; None: nothing is.
+    num_frames: frames of each video or image, in the order of the placeholders.
+    frames: all of them, in that order; None where there are none.
+  """
+
+  ids: Sequence[int]
+  loss_mask: Sequence[bool] | None = None
+  num_frames: tuple[int, ...] = ()
+  frames: UInt8[np.ndarray, "n h w C"] | Float[np.ndarray, "n h w C"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Merged:
+  """A sample's decoder positions, fast ones spliced in and cut to the decoder's length."""
+
+  tokens: Int[np.ndarray, " n"]
+  kind: Int[np.ndarray, " n"]
+  learned: Bool[np.ndarray, " n"]
+
+
+def build_row(samples: Sequence[Sample], geometry: Geometry) -> Batch:
+  """Packs samples into one row, a `Batch` with B = 1.
+
+  Fast token j of the row's flattened [Q, p] grid belongs to the row's j-th FAST position.
+
+  Raises:
+    UserError: a sample contradicts itself, or the samples exceed a bound of the geometry.
+  """
+  row = empty_row(geometry, _frame_dtype(samples))
+  start = first_frame = first_fast = first_query = 0
+  for segment, sample in enumerate(samples, start=1):
+    _check_frames(sample, geometry)
+    merged = _merge(sample, geometry)
+    count = len(merged.tokens)
+    positions = slice(start, _fit("decoder_length", start + count, geometry.decoder_length))
+    _write_text(row, merged, positions, segment)
+
+    query = start + querying_positions(merged.kind, geometry.query_set)
+    last_query = _fit("text_bound", first_query + len(query), geometry.text_bound)
+    row.text_index[0, first_query:last_query] = query
+    first_query = last_query
+
+    last_frame = _fit("num_frames", first_frame + sum(sample.num_frames), geometry.num_frames)
+    row.frame_segments[0, first_frame:last_frame] = segment
+    if sample.frames is not None:
+      row.frames[0, first_frame:last_frame] = sample.frames
+    for num_frames in sample.num_frames:
+      block = geometry.pooling(num_frames)
+      last_fast = _fit("max_fast_frames", first_fast + len(block), geometry.max_fast_frames)
+      row.pooling[0, first_fast:last_fast, first_frame : first_frame + num_frames] = block
+      first_fast, first_frame = last_fast, first_frame + num_frames
+    start += count
+  return row
+
+
+def collate(rows: Sequence[Batch]) -> Batch:
+  """Stacks rows of the same geometry along B."""
+  names = [field.name for field in dataclasses.fields(Batch)]
+  return Batch(**{name: np.concatenate([getattr(row, name) for row in rows]) for name in names})
+
+
+def empty_row(geometry: Geometry, frame_dtype: np.dtype | type = np.uint8) -> Batch:
+  """A row of padding: it has no target and no slow token."""
+  T, F, Q, X = (
+    geometry.decoder_length,
+    geometry.num_frames,
+    geometry.max_fast_frames,
+    geometry.text_bound,
+  )
+  return Batch(
+    tokens=np.zeros((1, T), np.int32),
+    kind=np.zeros((1, T), np.int8),
+    positions=np.zeros((1, T), np.int32),
+    segments=np.zeros((1, T), np.int32),
+    targets=np.zeros((1, T), np.int32),
+    loss_weights=np.zeros((1, T), np.float32),
+    frames=np.zeros((1, F, *geometry.image_size, 3), frame_dtype),
+    frame_segments=np.zeros((1, F), np.int32),
+    pooling=np.zeros((1, Q, F), np.float32),
+    text_index=np.full((1, X), -1, np.int32),
+  )
+
+
+def querying_positions(kind: Int[np.ndarray, " n"], query_set: QuerySet) -> Int[np.ndarray, " m"]:
+  """Positions of one sample that query its slow tokens; none where it has no visual position."""
+  visual = kind == FAST
+  if not visual.any():
+    return np.zeros(0, np.int64)
+  if query_set == "all":
+    return np.arange(len(kind))
+  text = (kind == PROMPT) | (kind == RESPONSE)
+  if query_set == "text-only-masksystem":
+    text[: np.argmax(visual)] = False
+  return np.flatnonzero(text)
+
+
+def _merge(sample: Sample, geometry: Geometry) -> _Merged:
+  ids = np.asarray(sample.ids, np.int32)
+  learned = np.zeros(len(ids), bool)
+  if sample.loss_mask is not None:
+    if len(sample.loss_mask) != len(ids):
+      raise UserError(f"A sample has {len(ids)} ids and {len(sample.loss_mask)} of loss_mask.")
+    learned |= np.asarray(sample.loss_mask, bool)
+  placeholder = ids == IMAGE_TOKEN
+  if placeholder.sum() != len(sample.num_frames):
+    raise UserError(
+      f"A sample has {placeholder.sum()} placeholder(s) ({IMAGE_TOKEN}) in its ids and "
+      f"{len(sample.num_frames)} video(s) or image(s); write one placeholder for each."
+    )
+  kind = np.where(placeholder, FAST, np.where(learned, RESPONSE, PROMPT)).astype(np.int8)
+  repeats = np.ones(len(ids), np.int64)
+  repeats[placeholder] = [geometry.num_fast_tokens(n) for n in sample.num_frames]
+  stop = geometry.decoder_length
+  columns = (np.where(placeholder, 0, ids), kind, learned & ~placeholder)
+  return _Merged(*(np.repeat(column, repeats)[:stop] for column in columns))
+
+
+def _write_text(row: Batch, merged: _Merged, positions: slice, segment: int) -> None:
+  count = len(merged.tokens)
+  row.tokens[0, positions] = merged.tokens
+  row.kind[0, positions] = merged.kind
+  row.positions[0, positions] = np.arange(count)
+  row.segments[0, positions] = segment
+  if count > 1:
+    predicting = slice(positions.start, positions.stop - 1)
+    row.targets[0, predicting] = merged.tokens[1:]
+    row.loss_weights[0, predicting] = merged.learned[1:]
+
+
+def _check_frames(sample: Sample, geometry: Geometry) -> None:
+  got = None if sample.frames is None else sample.frames.shape
+  if got is None and not sample.num_frames:
+    return
+  expected = (sum(sample.num_frames), *geometry.image_size, 3)
+  if got != expected:
+    raise UserError(f"A sample's frames must have shape {expected}, got {got}.")
+
+
+def _frame_dtype(samples: Sequence[Sample]) -> np.dtype:
+  """uint8 pixels in training; the Python interface also takes frames that are normalised."""
+  kinds = {sample.frames.dtype for sample in samples if sample.frames is not None}
+  if len(kinds) > 1:
+    raise UserError(f"Frames of one row must have one dtype, got {sorted(map(str, kinds))}.")
+  return kinds.pop() if kinds else np.dtype(np.uint8)
+
+
+def _fit(bound: str, needed: int, available: int) -> int:
+  if needed > available:
+    raise UserError(
+      f"{bound} is {available} and the row needs {needed}, {needed - available} too many: "
+      f"raise {bound}, or put less in a row."
+    )
+  return needed
+
+
+@functools.lru_cache(maxsize=256)
+def _pooling(*arguments: int) -> Float[np.ndarray, "Q F"]:
+  matrix = pooling_matrix(*arguments)
+  matrix.flags.writeable = False
+  return matrix
