@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The root of the errors that a user can mend, which the command line prints without a traceback."""
+"""The root of the errors that a user can mend; the command line prints them without a traceback."""
 
 
 class UserError(ValueError):
