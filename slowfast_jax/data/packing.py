@@ -34,7 +34,7 @@ class Geometry:
     sampling_stride: the compressor keeps every n-th frame.
     temporal_stride: the compressor averages n frames into one.
     min_fast_frames: fewest fast frames that the strides may leave of a longer video.
-    max_fast_frames: Q, fast frames of a row; None: what one video of num_frames needs.
+    max_fast_frames: Q, fast frames of a row; 0: what one video of num_frames needs.
     query_set: which positions query slow tokens.
   """
 
@@ -46,7 +46,7 @@ class Geometry:
   sampling_stride: int = 1
   temporal_stride: int = 4
   min_fast_frames: int = 16
-  max_fast_frames: int | None = None
+  max_fast_frames: int = 0
   query_set: QuerySet = "text-only"
 
   def __post_init__(self):
@@ -55,7 +55,7 @@ class Geometry:
     for field in ("num_frames", "decoder_length", "text_bound", "tokens_per_frame"):
       if getattr(self, field) < 1:
         raise UserError(f"{field} must be at least 1, got {getattr(self, field)}.")
-    if self.max_fast_frames is None:
+    if self.max_fast_frames == 0:
       object.__setattr__(self, "max_fast_frames", len(self.pooling(self.num_frames)))
 
   def pooling(self, num_frames: int) -> Float[np.ndarray, "Q F"]:
@@ -96,35 +96,33 @@ class _Merged:
 def build_row(samples: Sequence[Sample], geometry: Geometry) -> Batch:
   """Packs samples into one row, a `Batch` with B = 1.
 
-  Fast token j of the row's flattened [Q, p] grid belongs to the row's j-th FAST position.
+  Fast token j of the row's flattened [Q, p] grid belongs to the row's j-th FAST position. The
+  frames of a single sample that fills the row are not copied.
 
   Raises:
     UserError: a sample contradicts itself, or the samples exceed a bound of the geometry.
   """
-  row = empty_row(geometry, _frame_dtype(samples))
-  start = first_frame = first_fast = first_query = 0
+  row = _padding(geometry, _row_frames(samples, geometry))
+  first_position = first_query = first_frame = first_fast = 0
   for segment, sample in enumerate(samples, start=1):
-    _check_frames(sample, geometry)
     merged = _merge(sample, geometry)
-    count = len(merged.tokens)
-    positions = slice(start, _fit("decoder_length", start + count, geometry.decoder_length))
-    _write_text(row, merged, positions, segment)
+    position = first_position + len(merged.tokens)
+    _fit("decoder_length", position, geometry.decoder_length)
+    _write_text(row, merged, slice(first_position, position), segment)
 
-    query = start + querying_positions(merged.kind, geometry.query_set)
-    last_query = _fit("text_bound", first_query + len(query), geometry.text_bound)
-    row.text_index[0, first_query:last_query] = query
-    first_query = last_query
+    queries = querying_positions(merged.kind, geometry.query_set)
+    query = first_query + len(queries)
+    _fit("text_bound", query, geometry.text_bound)
+    row.text_index[0, first_query:query] = first_position + queries
 
-    last_frame = _fit("num_frames", first_frame + sum(sample.num_frames), geometry.num_frames)
-    row.frame_segments[0, first_frame:last_frame] = segment
-    if sample.frames is not None:
-      row.frames[0, first_frame:last_frame] = sample.frames
     for num_frames in sample.num_frames:
       block = geometry.pooling(num_frames)
-      last_fast = _fit("max_fast_frames", first_fast + len(block), geometry.max_fast_frames)
-      row.pooling[0, first_fast:last_fast, first_frame : first_frame + num_frames] = block
-      first_fast, first_frame = last_fast, first_frame + num_frames
-    start += count
+      frame, fast = first_frame + num_frames, first_fast + len(block)
+      _fit("max_fast_frames", fast, geometry.max_fast_frames)
+      row.frame_segments[0, first_frame:frame] = segment
+      row.pooling[0, first_fast:fast, first_frame:frame] = block
+      first_frame, first_fast = frame, fast
+    first_position, first_query = position, query
   return row
 
 
@@ -134,8 +132,12 @@ def collate(rows: Sequence[Batch]) -> Batch:
   return Batch(**{name: np.concatenate([getattr(row, name) for row in rows]) for name in names})
 
 
-def empty_row(geometry: Geometry, frame_dtype: np.dtype | type = np.uint8) -> Batch:
+def empty_row(geometry: Geometry) -> Batch:
   """A row of padding: it has no target and no slow token."""
+  return _padding(geometry, _row_frames([], geometry))
+
+
+def _padding(geometry: Geometry, frames: np.ndarray) -> Batch:
   T, F, Q, X = (
     geometry.decoder_length,
     geometry.num_frames,
@@ -149,7 +151,7 @@ def empty_row(geometry: Geometry, frame_dtype: np.dtype | type = np.uint8) -> Ba
     segments=np.zeros((1, T), np.int32),
     targets=np.zeros((1, T), np.int32),
     loss_weights=np.zeros((1, T), np.float32),
-    frames=np.zeros((1, F, *geometry.image_size, 3), frame_dtype),
+    frames=frames,
     frame_segments=np.zeros((1, F), np.int32),
     pooling=np.zeros((1, Q, F), np.float32),
     text_index=np.full((1, X), -1, np.int32),
@@ -202,30 +204,32 @@ def _write_text(row: Batch, merged: _Merged, positions: slice, segment: int) -> 
     row.loss_weights[0, predicting] = merged.learned[1:]
 
 
-def _check_frames(sample: Sample, geometry: Geometry) -> None:
-  got = None if sample.frames is None else sample.frames.shape
-  if got is None and not sample.num_frames:
-    return
-  expected = (sum(sample.num_frames), *geometry.image_size, 3)
-  if got != expected:
-    raise UserError(f"A sample's frames must have shape {expected}, got {got}.")
+def _row_frames(samples: Sequence[Sample], geometry: Geometry) -> np.ndarray:
+  """Frames of all samples, one after the other, then zeros: [1, F, h, w, C]."""
+  for sample in samples:
+    got = None if sample.frames is None else sample.frames.shape
+    expected = (sum(sample.num_frames), *geometry.image_size, 3)
+    if got != expected and (got is not None or sample.num_frames):
+      raise UserError(f"A sample's frames must have shape {expected}, got {got}.")
+  frames = [sample.frames for sample in samples if sample.frames is not None]
+  count = sum(len(part) for part in frames)
+  _fit("num_frames", count, geometry.num_frames)
+  if len(frames) == 1 and count == geometry.num_frames:
+    return frames[0][None]
+  # uint8 pixels in training; the Python interface also takes frames that are normalised.
+  dtype = np.result_type(*frames) if frames else np.uint8
+  row = np.zeros((1, geometry.num_frames, *geometry.image_size, 3), dtype)
+  if frames:
+    np.concatenate(frames, out=row[0, :count])
+  return row
 
 
-def _frame_dtype(samples: Sequence[Sample]) -> np.dtype:
-  """uint8 pixels in training; the Python interface also takes frames that are normalised."""
-  kinds = {sample.frames.dtype for sample in samples if sample.frames is not None}
-  if len(kinds) > 1:
-    raise UserError(f"Frames of one row must have one dtype, got {sorted(map(str, kinds))}.")
-  return kinds.pop() if kinds else np.dtype(np.uint8)
-
-
-def _fit(bound: str, needed: int, available: int) -> int:
+def _fit(bound: str, needed: int, available: int) -> None:
   if needed > available:
     raise UserError(
       f"{bound} is {available} and the row needs {needed}, {needed - available} too many: "
       f"raise {bound}, or put less in a row."
     )
-  return needed
 
 
 @functools.lru_cache(maxsize=256)

@@ -129,7 +129,7 @@ def _empty_backend() -> tokenizers.Tokenizer:
   backend.normalizer = normalizers.NFC()
   words = pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="isolated", invert=False)
   backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(**options)])
-  backend.decoder = decoders.ByteLevel(trim_offsets=False, **options)
+  backend.decoder = decoders.ByteLevel()
   backend.post_processor = processors.ByteLevel(trim_offsets=False, **options)
   return backend
 
