@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` work on a fresh machine that has make and Python 3.11 or newer.
+
+VENV ?= .venv
+# The first interpreter that is new enough; `make PYTHON=/path/to/python3 ...` takes another.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN = $(VENV)/bin
+
+.PHONY: help demo test lint format
+
+help:
+	@echo "make demo    install into $(VENV), then make videos, train and evaluate in runs/demo"
+	@echo "make test    install into $(VENV), then run the tests"
+	@echo "make lint    formatting, lint and types"
+	@echo "make format  rewrite the files as lint wants them"
+
+demo: $(VENV)/.installed
+	$(BIN)/slowfast demo --workdir runs/demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# pip and not python: without ensurepip, venv fails but leaves a python behind.
+$(BIN)/pip:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found; install one, or name it:" \
+	  "make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo "On Debian and Ubuntu this needs the package of the same" \
+	  "Python, for instance python3.11-venv." >&2; exit 1; }
+
+# Editable: a changed source is in effect at once, so only pyproject.toml asks for a new install.
+$(VENV)/.installed: pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@touch $(VENV)/.installed $@
