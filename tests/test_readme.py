@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every command and every Python block of the README runs as it stands there.
+
+The `slowfast` commands run for real, in their order, in one temporary folder: `slowfast demo
+--fast` first fills its `runs/demo`, as `make demo` does in a checkout. What would install packages
+is checked against pyproject.toml and the Makefile instead. A command that no rule covers fails.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DEMO = "slowfast demo --workdir runs/demo"
+# Enough to see that the command works; the README's own words come first.
+CHEAPER = {"demo": ["--fast"], "train": ["--config.total_steps=4"]}
+WRITES = ("--workdir", "--output", "--html", "--json", "--report")
+
+
+def blocks(language: str) -> list[str]:
+  """The fenced blocks of a language, also those that are indented below a list item."""
+  found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", README, re.MULTILINE | re.DOTALL)
+  return [textwrap.dedent(text) for _, text in found]
+
+
+def commands() -> list[str]:
+  lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+  return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+
+
+COMMANDS = commands()
+
+
+@dataclasses.dataclass
+class Folder:
+  """The folder in which the README's commands run; each at most once, after those before it."""
+
+  path: Path
+  done: dict[str, subprocess.CompletedProcess] = dataclasses.field(default_factory=dict)
+
+  def run_up_to(self, command: str) -> subprocess.CompletedProcess:
+    """Later commands need what earlier ones wrote, also when a test is run alone."""
+    before = COMMANDS[: COMMANDS.index(command)] if command in COMMANDS else []
+    for line in [DEMO, *(line for line in before if line.startswith("slowfast ")), command]:
+      if line not in self.done:
+        verb, *options = shlex.split(line)[1:]
+        self.done[line] = self.python(
+          "-m", "slowfast_jax.cli.main", verb, *options, *CHEAPER.get(verb, [])
+        )
+      outcome = self.done[line]
+      assert outcome.returncode == 0, f"{line}\n{outcome.stdout[-2000:]}\n{outcome.stderr[-4000:]}"
+    return self.done[command]
+
+  def python(self, *words: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+      [sys.executable, *words], cwd=self.path, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+  return Folder(tmp_path_factory.mktemp("readme"))
+
+
+def check_slowfast(command: str, folder: Folder) -> None:
+  outcome = folder.run_up_to(command)
+  assert outcome.stdout.strip()
+  words = shlex.split(command.replace("=", " "))
+  for option, value in zip(words, words[1:]):
+    if option in WRITES:
+      assert (folder.path / value).exists(), f"{command}: {value} was not written"
+
+
+def check_make(command: str, folder: Folder) -> None:
+  """The target exists, installs, and ends in the command that the rest of the README counts on."""
+  target = command.split()[1]
+  last = {"demo": DEMO, "test": "python -m pytest", "lint": "mypy"}[target]
+  plan = subprocess.run(
+    ["make", "-n", f"VENV={folder.path}/venv", target], cwd=ROOT, capture_output=True, text=True
+  )
+  assert plan.returncode == 0, plan.stderr
+  assert "-m venv" in plan.stdout
+  assert "-m pip install" in plan.stdout
+  assert plan.stdout.strip().endswith(last)
+
+
+def check_pip(command: str, folder: Folder) -> None:
+  """What is installed is this checkout, with extras that it has."""
+  match = re.fullmatch(r"pip install (?:\.|\"\.\[([\w,]+)\]\")", command)
+  assert match, f'{command}: expected `pip install .` or `pip install ".[EXTRA]"`'
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  assert project["scripts"] == {"slowfast": "slowfast_jax.cli.main:main"}
+  for extra in filter(None, (match[1] or "").split(",")):
+    assert extra in project["optional-dependencies"]
+
+
+def check_activate(command: str, folder: Folder) -> None:
+  folder_of_make = re.search(r"^VENV \?= (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+  assert folder_of_make
+  assert command == f"source {folder_of_make[1]}/bin/activate"
+
+
+RULES = {
+  "slowfast ": check_slowfast,
+  "make ": check_make,
+  "pip install ": check_pip,
+  "source ": check_activate,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_works(command, folder):
+  rules = [check for start, check in RULES.items() if command.startswith(start)]
+  assert rules, f"No rule of this test covers {command!r}: add one."
+  rules[0](command, folder)
+
+
+@pytest.mark.slow
+def test_demo_report_has_what_others_rely_on(folder):
+  folder.run_up_to(DEMO)
+  report = json.loads((folder.path / "runs/demo/report.json").read_text())
+  expected = {"slow_fast_accuracy", "fast_only_accuracy", "chance", "seconds", "llm_tokens"}
+  assert expected <= set(report)
+  assert (folder.path / "runs/demo/report.html").stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_block_works(block, folder):
+  folder.run_up_to(DEMO)
+  outcome = folder.python("-c", block)
+  assert outcome.returncode == 0, outcome.stderr
+
+
+@pytest.mark.parametrize("block", blocks("json"))
+def test_json_block_is_valid(block):
+  json.loads(block)
+
+
+def test_all_blocks_are_read():
+  """A fence that the patterns above miss would be a command that nothing checks."""
+  fences = len(re.findall(r"^ *```", README, re.MULTILINE))
+  known = [*blocks("bash"), *blocks("python"), *blocks("json"), *blocks("")]
+  assert fences == 2 * len(known)
+  assert not [block for block in blocks("") if re.search(r"^\s*(slowfast|make|pip) ", block)]
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\(([^):#]+)\)", README))
+def test_link_into_the_checkout_leads_somewhere(target):
+  assert (ROOT / target).exists()
