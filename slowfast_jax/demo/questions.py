@@ -79,11 +79,22 @@ class Question:
 
 @dataclass(frozen=True)
 class Dialogues:
-  """How many training conversations a video gets, and of what sort."""
+  """How many training conversations a video gets, and of what sort.
+
+  A conversation has at most one turn a flash and one a kind: further ones would ask for what the
+  earlier answers have told.
+  """
 
   conversations: int = 4
   turns: int = 4
   open_share: float = 0.5  # Turns without options, answered in words.
+
+  def __post_init__(self):
+    if self.conversations < 1 or not 1 <= self.turns <= len(KINDS) or not 0 <= self.open_share <= 1:
+      raise ValueError(
+        f"Dialogues need at least 1 conversation, 1 to {len(KINDS)} turns and an open_share of 0 "
+        f"to 1, got {self}."
+      )
 
 
 _DIALOGUES = Dialogues()
@@ -158,10 +169,9 @@ def num_options(kind: str) -> int:
 
 def conversation(rng: np.random.Generator, scene: Scene, dialogues: Dialogues) -> list[dict]:
   """One LLaVA conversation; every turn asks about another flash, so answers give little away."""
-  events = np.resize(rng.permutation(len(scene.events)), dialogues.turns)
-  kinds = np.resize(rng.permutation(KINDS), dialogues.turns)
+  events, kinds = rng.permutation(len(scene.events)), rng.permutation(KINDS)
   turns = []
-  for event, kind in zip(events, kinds, strict=True):
+  for event, kind in zip(events[: dialogues.turns], kinds[: dialogues.turns], strict=True):
     candidates = facts(scene, str(kind))
     about = [fact for fact in candidates if event in fact.events] or candidates
     fact = about[rng.integers(len(about))]
@@ -203,8 +213,9 @@ class _Slot:
 def balanced_questions(scenes: Mapping[str, Scene], seed: int) -> list[Question]:
   """Three questions of different kinds a video.
 
-  Kinds, and within a kind the letters and the answers, are as even as whole numbers allow; so are
-  the pairs of cue and answer, so the words of a question say nothing about its answer.
+  Kinds, and within a kind the letters and the answers, are as even as whole numbers allow. So are
+  the pairs of cue and answer (as far as the scenes at hand have them), so the words of a question
+  say nothing about its answer.
   """
   rng, names = np.random.default_rng((seed, 1)), list(scenes)
   kinds = [
@@ -242,7 +253,11 @@ def _balanced(
   slots = _slots(rng, kind, len(scenes))
   known = [facts(scene, kind) for scene in scenes]
   fits = [
-    [s for s in rng.permutation(len(slots)) if any(_fits(fact, slots[s]) for fact in scene_facts)]
+    [
+      s
+      for s in rng.permutation(len(slots)).tolist()
+      if any(_fits(fact, slots[s]) for fact in scene_facts)
+    ]
     for scene_facts in known
   ]
   for scene_facts, slot in zip(known, _match(fits, len(slots)), strict=True):
@@ -331,12 +346,12 @@ def make_question_set(
     }
     for split, count in (("train", num_train), ("test", num_test))
   }
+  jobs = [(s, paths.videos / name) for scenes in splits.values() for name, s in scenes.items()]
+  _write_all(jobs, workers, progress or (lambda done, total: None))
   entries = training_annotations(splits["train"], dialogues, seed)
   _replace(paths.train, json.dumps(entries, indent=1))
   lines = [json.dumps(question.to_json()) for question in balanced_questions(splits["test"], seed)]
   _replace(paths.test, "".join(line + "\n" for line in lines))
-  jobs = [(s, paths.videos / name) for scenes in splits.values() for name, s in scenes.items()]
-  _write_all(jobs, workers, progress or (lambda done, total: None))
   return paths
 
 

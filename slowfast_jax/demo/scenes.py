@@ -20,8 +20,11 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 from jaxtyping import Float, Int, UInt8, UInt16
 from PIL import Image
+
+from slowfast_jax.data.video import frame_indices
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = ("red", "green", "blue", "yellow")
@@ -34,8 +37,10 @@ _RGB = {
 }
 
 # Part of a file's fingerprint: raise it when the same scene would be drawn or encoded differently.
-_RENDERER = 1
-_QUALITY = 24  # x264's constant rate factor: about 60 kB a clip, flashes leave no visible trace.
+_RENDERER = 3
+# x264's constant quantizer: about 40 kB a clip. Not its rate control, which looks at earlier frames:
+# every later one would depend a little on what flashed.
+_QUANTIZER = 24
 _GAP = 0.5  # Seconds of empty background between two flashes, at least.
 _SPAN = 3.0  # Seconds between the first and the last flash's starts, at least.
 _HIDDEN = 0.95  # The share of flashes that may not touch a fast token's frame.
@@ -97,7 +102,7 @@ class Scene:
   @property
   def fingerprint(self) -> str:
     """Names the scene and the way it is drawn; the video file carries it."""
-    return hashlib.sha256(f"{_RENDERER} {_QUALITY} {self!r}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{_RENDERER} {_QUANTIZER} {self!r}".encode()).hexdigest()[:16]
 
 
 def sample_times(scene: Scene, geometry: Geometry) -> Float[np.ndarray, " F"]:
@@ -147,9 +152,11 @@ def write_video(scene: Scene, path: str | os.PathLike) -> None:
       stream.width = stream.height = scene.size
       stream.pix_fmt = "yuv420p"
       stream.codec_context.thread_count = 1
-      stream.options = {"preset": "ultrafast", "crf": str(_QUALITY), "g": "60"}
-      for planes in _paint(scene):
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuv420p")))
+      stream.options = {"preset": "ultrafast", "qp": str(_QUANTIZER), "g": "60", "forced-idr": "1"}
+      for planes, fresh in zip(_paint(scene), _fresh_starts(scene), strict=True):
+        frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
+        frame.pict_type = PictureType.I if fresh else PictureType.NONE
+        container.mux(stream.encode(frame))
       container.mux(stream.encode())
     os.replace(partial, path)
   finally:
@@ -168,8 +175,21 @@ def is_written(scene: Scene, path: str | os.PathLike) -> bool:
     return False
 
 
+def _fresh_starts(scene: Scene) -> list[bool]:
+  """Frames to encode without reference to earlier ones: the first after each flash.
+
+  Without them a flash leaves a faint ghost in the frames predicted from it, for up to two seconds,
+  and a model could read from a fast token's frame what that frame does not show.
+  """
+  on = [
+    any(event.start <= i / scene.fps < event.end for event in scene.events)
+    for i in range(scene.total_frames)
+  ]
+  return [before and not now for before, now in zip([False, *on], on, strict=False)]
+
+
 def _uniform(total: int, geometry: Geometry) -> Int[np.ndarray, " F"]:
-  return np.linspace(0, total - 1, geometry.num_frames).astype(np.int64)
+  return np.array(frame_indices(total, 1.0, geometry.num_frames, "uniform"))
 
 
 def _event_spans(
