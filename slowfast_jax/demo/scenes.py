@@ -38,7 +38,7 @@ _RGB = {
 
 # Part of a file's fingerprint: raise it when the same scene would be drawn or encoded differently.
 _RENDERER = 3
-# x264's constant quantizer: about 40 kB a clip. Not its rate control, which looks at earlier frames:
+# x264's constant quantizer: about 40 kB a clip. Its rate control would look at earlier frames, and
 # every later one would depend a little on what flashed.
 _QUANTIZER = 24
 _GAP = 0.5  # Seconds of empty background between two flashes, at least.
