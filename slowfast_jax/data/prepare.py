@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Raw videos and their annotations to frame-sampled records.
+
+Decoding a video costs about sixty times what reading its frames as JPEG does, so it is done once,
+by all cores, before training. The shards depend on nothing but videos, annotations and settings:
+not on the number of workers, nor on how often the run was killed.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+import pathlib
+import resource
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from slowfast_jax.data.annotations import AnnotationError, scan_annotations
+from slowfast_jax.data.prepare_config import PrepareConfig, PrepareError
+from slowfast_jax.data.prepare_folder import OutputFolder, Shard, write_json
+from slowfast_jax.data.prepare_record import Item, Made, make
+from slowfast_jax.data.workers import Failure, Workers
+
+# About 500 MB at 32 frames of 384 px: few files, and little to do again after a kill.
+_VIDEOS_PER_SHARD = 256
+
+Progress = Callable[[int, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What `prepare` did; `report.json` holds the same.
+
+  Attributes:
+    records: written, one a video, image or text.
+    conversations: in all records.
+    frames: in all records.
+    lost_frames: wanted, but damaged in their videos.
+    num_bytes: of all records.
+    shards: files.
+    resumed_shards: files that an earlier run had finished.
+    errors: videos and annotations that were left out; `errors.jsonl` names them.
+    seconds: of this run.
+    cpu_seconds: of this run, all workers together.
+    settings: what decided the content.
+  """
+
+  records: int
+  conversations: int
+  frames: int
+  lost_frames: int
+  num_bytes: int
+  shards: int
+  resumed_shards: int
+  errors: int
+  seconds: float
+  cpu_seconds: float
+  settings: dict[str, Any]
+
+
+def prepare(
+  videos: str | os.PathLike,
+  annotations: str | os.PathLike,
+  output: str | os.PathLike,
+  config: PrepareConfig | None = None,
+  progress: Progress | None = None,
+) -> Report:
+  """Writes a records folder. The same call again resumes; see `slowfast_jax.data.records`.
+
+  Args:
+    videos: folder below which the annotated media lie.
+    annotations: LLaVA-style JSON or JSONL, see `slowfast_jax.data.annotations`.
+    output: the records folder.
+    config: how; None = the defaults.
+    progress: called with (videos done, videos in all, errors so far) as work goes on.
+
+  Raises:
+    UserError: nothing could be prepared, more is broken than `config.on_error` allows, or `output`
+      holds something else.
+  """
+  run = _Run(videos, annotations, config or PrepareConfig(), progress or (lambda *_: None))
+  return run(output)
+
+
+class _Run:
+  """One call of `prepare`."""
+
+  def __init__(self, videos, annotations, config: PrepareConfig, progress: Progress):
+    self._root = pathlib.Path(videos).absolute()
+    if not self._root.is_dir():
+      raise PrepareError(f"{videos}: there is no such folder; give the videos' folder as --videos")
+    self._annotations, self._config, self._progress = pathlib.Path(annotations), config, progress
+    self._items, self._errors = self._read_items()
+    self._total = len(self._items) + len(self._errors)
+    self._check_errors()
+    self._num_shards = config.shards or math.ceil(len(self._items) / _VIDEOS_PER_SHARD)
+    self._num_shards = min(self._num_shards, len(self._items))
+
+  def __call__(self, output: str | os.PathLike) -> Report:
+    started, cpu = time.monotonic(), _cpu_seconds()
+    settings = self._settings()
+    with OutputFolder(output, settings, self._num_shards) as folder:
+      try:
+        shards, resumed = self._make_shards(folder)
+        self._check_nothing_prepared(shards)
+      finally:
+        folder.write_errors(sorted(self._errors, key=lambda error: error["line"]))
+      folder.publish(shards)
+      report = Report(
+        records=sum(len(shard.conversations) for shard in shards),
+        conversations=sum(sum(shard.conversations) for shard in shards),
+        frames=sum(shard.frames for shard in shards),
+        lost_frames=sum(shard.lost_frames for shard in shards),
+        num_bytes=sum(shard.num_bytes for shard in shards),
+        shards=len(shards),
+        resumed_shards=resumed,
+        errors=len(self._errors),
+        seconds=round(time.monotonic() - started, 3),
+        cpu_seconds=round(_cpu_seconds() - cpu, 3),
+        settings=settings,
+      )
+      file = folder.path / "report.json"
+      if resumed < len(shards) or not file.exists():  # Else it tells of the run that did the work.
+        write_json(file, dataclasses.asdict(report))
+    return report
+
+  def _read_items(self) -> tuple[list[Item], list[dict[str, Any]]]:
+    items: dict[Any, Item] = {}
+    errors = []
+    for entry in scan_annotations(self._annotations):
+      if isinstance(entry, AnnotationError):
+        errors.append(_error(self._annotations.name, entry.line, 1, entry.reason))
+        continue
+      key = entry.media if entry.media is not None else entry.line
+      item = items.setdefault(key, Item(entry.media, entry.kind, []))
+      if item.kind != entry.kind:
+        reason = (
+          f"line {item.entries[0].line} calls {entry.media} a {item.kind}, not a {entry.kind}"
+        )
+        errors.append(_error(self._annotations.name, entry.line, 1, reason))
+      else:
+        item.entries.append(entry)
+    if not items:
+      raise PrepareError(
+        f"{self._annotations}: none of the {len(errors)} entries is usable; the first, line "
+        f"{errors[0]['line']}: {errors[0]['reason']}"
+      )
+    return list(items.values()), errors
+
+  def _settings(self) -> dict[str, Any]:
+    """All that decides the bytes of the shards."""
+    config = dataclasses.asdict(self._config)
+    for name in ("workers", "on_error", "timeout"):
+      del config[name]
+    with self._annotations.open("rb") as file:
+      digest = hashlib.file_digest(file, "sha256").hexdigest()
+    named = {"annotations": f"sha256:{digest}", "videos": str(self._root)}
+    return {**named, **config, "shards": self._num_shards}
+
+  def _make_shards(self, folder: OutputFolder) -> tuple[list[Shard], int]:
+    shards = {i: folder.finished(i) for i in range(self._num_shards)}
+    pending = [i for i, shard in shards.items() if shard is None]
+    done = sum(len(self._items_of(i)) for i in shards if i not in pending)
+    for shard in shards.values():
+      self._errors += shard.errors if shard else []
+    self._check_errors()
+    self._progress(done, len(self._items), len(self._errors))
+    if pending:
+      folder.unpublish()
+      jobs = [item for i in pending for item in self._items_of(i)]
+      function = functools.partial(make, self._root, self._config)
+      count = min(self._config.workers or len(os.sched_getaffinity(0)), len(jobs))
+      with Workers(function, count, self._config.timeout) as workers:
+        outcomes = workers.map(jobs)
+        for i in pending:
+          self._make_shard(folder, i, outcomes, done)
+          done += len(self._items_of(i))
+    finished = [folder.finished(i) for i in shards]
+    return [shard for shard in finished if shard], len(shards) - len(pending)
+
+  def _make_shard(
+    self, folder: OutputFolder, shard: int, outcomes: Iterator[Made | Failure], done: int
+  ) -> None:
+    with folder.begin(shard) as writer:
+      for item in self._items_of(shard):
+        outcome = next(outcomes)
+        if isinstance(outcome, Failure):
+          error = self._describe_failure(item, outcome)
+          writer.errors.append(error)
+          self._errors.append(error)
+          self._check_errors()
+        else:
+          writer.write(outcome.data, len(item.entries), outcome.frames, outcome.lost_frames)
+        done += 1
+        self._progress(done, len(self._items), len(self._errors))
+
+  def _items_of(self, shard: int) -> list[Item]:
+    # Dealt out like cards: files sorted by length or kind still give shards alike.
+    return self._items[shard :: self._num_shards]
+
+  def _describe_failure(self, item: Item, failure: Failure) -> dict[str, Any]:
+    first = item.entries[0]
+    reason = failure.reason
+    if item.media is not None:
+      reason = reason.removeprefix(f"{self._root / item.media}: ")
+    return _error(item.media or first.id, first.line, len(item.entries), reason)
+
+  def _check_errors(self) -> None:
+    budget = self._config.error_budget()
+    if len(self._errors) <= budget * self._total:
+      return
+    last = self._errors[-1]
+    where = f"{self._annotations}:{last['line']}: {last['file']}: {last['reason']}"
+    if budget == 0:
+      raise PrepareError(f"{where}; --on-error skip goes past such entries and lists them")
+    raise PrepareError(
+      f"{len(self._errors)} of {self._total} are broken, more than --on-error "
+      f"{self._config.on_error} allows; errors.jsonl lists them, the last is {where}"
+    )
+
+  def _check_nothing_prepared(self, shards: list[Shard]) -> None:
+    if any(shard.conversations for shard in shards):
+      return
+    first = min(self._errors, key=lambda error: error["line"])
+    raise PrepareError(
+      f"{self._annotations}: none of the {len(self._items)} videos could be prepared from "
+      f"{self._root}; the first, line {first['line']}: {first['file']}: {first['reason']}"
+    )
+
+
+def _error(file: str, line: int, conversations: int, reason: str) -> dict[str, Any]:
+  return {"file": file, "line": line, "conversations": conversations, "reason": reason}
+
+
+def _cpu_seconds() -> float:
+  usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+  return sum(usage.ru_utime + usage.ru_stime for usage in usages)
