@@ -4,7 +4,6 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 from slowfast_jax.data.tokenizer import Tokenizer
 from slowfast_jax.errors import UserError
@@ -15,7 +14,7 @@ SYSTEM_PROMPT = "You are a helpful assistant."
 
 # A turn in LLaVA's form: {"from": "system" | "human" | "gpt", "value": text}.
 Turn = Mapping[str, str]
-Targets = Literal["assistant", "reference"]
+TARGETS = ("assistant", "reference")
 
 _ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 _PLACEHOLDER = re.compile("<image>|<video>")
@@ -38,7 +37,7 @@ def encode_chat(
   tokenizer: Tokenizer,
   turns: Sequence[Turn],
   system: str = SYSTEM_PROMPT,
-  targets: Targets = "assistant",
+  targets: str = "assistant",
   num_media: int | None = None,
 ) -> ChatIds:
   """Encodes a conversation for training.
@@ -54,13 +53,12 @@ def encode_chat(
   Raises:
     UserError: a turn is malformed, or placeholders and media do not match.
   """
-  if targets not in ("assistant", "reference"):
-    raise UserError(f"targets must be 'assistant' or 'reference', got {targets!r}.")
-  turns = _with_system(turns, system)
+  if targets not in TARGETS:
+    raise UserError(f"targets must be one of {TARGETS}, got {targets!r}.")
   _check_turns(turns, num_media)
   ids: list[int] = []
   mask: list[bool] = []
-  for turn in turns:
+  for turn in _with_system(turns, system):
     turn_ids, learned = _encode_turn(tokenizer, _ROLES[turn["from"]], turn["value"])
     ids += turn_ids
     mask += learned
@@ -117,19 +115,20 @@ def _encode_turn(tokenizer: Tokenizer, role: str, text: str) -> tuple[list[int],
 
 
 def _with_system(turns: Sequence[Turn], system: str) -> list[Turn]:
-  has_system = len(turns) > 0 and turns[0].get("from") == "system"
-  return list(turns) if has_system else [{"from": "system", "value": system}, *turns]
+  if turns[0]["from"] == "system":
+    return list(turns)
+  return [{"from": "system", "value": system}, *turns]
 
 
 def _check_turns(turns: Sequence[Turn], num_media: int | None) -> None:
   found = 0
-  for i, turn in enumerate(turns):
+  for i, turn in enumerate(turns, start=1):
     role, text = turn.get("from"), turn.get("value")
     if role not in _ROLES:
       raise UserError(f'Turn {i}: "from" must be one of {sorted(_ROLES)}, got {role!r}.')
     if not isinstance(text, str):
       raise UserError(f'Turn {i} ({role}): "value" must be text, got {type(text).__name__}.')
-    if role == "system" and i > 0:
+    if role == "system" and i > 1:
       raise UserError(f"Turn {i}: a system turn may only stand first.")
     placeholders = _PLACEHOLDER.findall(text)
     if placeholders and role != "human":

@@ -7,7 +7,6 @@ Training, evaluation and chat all build their rows here, so they cannot disagree
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -17,7 +16,6 @@ from slowfast_jax.errors import UserError
 from slowfast_jax.models.compressor import pooling_matrix
 from slowfast_jax.shapes import FAST, PROMPT, RESPONSE, Batch
 
-QuerySet = Literal["text-only", "text-only-masksystem", "all"]
 QUERY_SETS = ("text-only", "text-only-masksystem", "all")
 
 
@@ -47,7 +45,7 @@ class Geometry:
   temporal_stride: int = 4
   min_fast_frames: int = 16
   max_fast_frames: int = 0
-  query_set: QuerySet = "text-only"
+  query_set: str = "text-only"
 
   def __post_init__(self):
     if self.query_set not in QUERY_SETS:
@@ -73,13 +71,13 @@ class Sample:
 
   Attributes:
     ids: token ids, IMAGE_TOKEN where a video or image goes.
-    loss_mask: whether each id is learned; None: nothing is.
+    loss_mask: 1 where the id is learned, else 0; None: nothing is.
     num_frames: frames of each video or image, in the order of the placeholders.
     frames: all of them, in that order; None where there are none.
   """
 
   ids: Sequence[int]
-  loss_mask: Sequence[bool] | None = None
+  loss_mask: Sequence[int] | None = None
   num_frames: tuple[int, ...] = ()
   frames: UInt8[np.ndarray, "n h w C"] | Float[np.ndarray, "n h w C"] | None = None
 
@@ -158,7 +156,7 @@ def _padding(geometry: Geometry, frames: np.ndarray) -> Batch:
   )
 
 
-def querying_positions(kind: Int[np.ndarray, " n"], query_set: QuerySet) -> Int[np.ndarray, " m"]:
+def querying_positions(kind: Int[np.ndarray, " n"], query_set: str) -> Int[np.ndarray, " m"]:
   """Positions of one sample that query its slow tokens; none where it has no visual position."""
   visual = kind == FAST
   if not visual.any():

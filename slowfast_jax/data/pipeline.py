@@ -8,14 +8,14 @@ processes. Each process decodes and builds only its own rows of the global batch
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
 from absl import logging
 from jaxtyping import Int
 
-from slowfast_jax.data.chat import SYSTEM_PROMPT, Targets, encode_chat
+from slowfast_jax.data.chat import SYSTEM_PROMPT, encode_chat
 from slowfast_jax.data.packing import Geometry, Sample, build_row, collate, empty_row
 from slowfast_jax.data.records import Record, decode_frames
 from slowfast_jax.data.tokenizer import Tokenizer
@@ -26,6 +26,7 @@ from slowfast_jax.shapes import Batch
 FAILURES_IN_A_ROW = 32
 
 
+@runtime_checkable
 class Source(Protocol):
   """What the pipeline needs of a `RecordSource`."""
 
@@ -105,7 +106,7 @@ class TrainPipeline:
     process_count: int = 1,
     read_threads: int = 2,
     system: str = SYSTEM_PROMPT,
-    targets: Targets = "assistant",
+    targets: str = "assistant",
   ):
     """Prepares to read; nothing is opened yet.
 

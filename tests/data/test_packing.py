@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of `Batch`, against arrays written by hand, and packing that nobody notices."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slowfast_jax.data.chat import IMAGE_TOKEN
+from slowfast_jax.data.packing import Geometry, Sample, build_row, collate, empty_row
+from slowfast_jax.errors import UserError
+from slowfast_jax.models.compressor import compress
+from slowfast_jax.shapes import FAST, Batch
+
+# Two frames are averaged into one fast frame of two tokens.
+GEOMETRY = Geometry(
+  num_frames=6,
+  decoder_length=20,
+  text_bound=10,
+  image_size=(1, 2),
+  tokens_per_frame=2,
+  temporal_stride=2,
+  min_fast_frames=1,
+)
+V = IMAGE_TOKEN
+
+
+def frames(*values):
+  """Frames of one colour each."""
+  return np.array(values, np.uint8)[:, None, None, None] * np.ones((1, 1, 2, 3), np.uint8)
+
+
+def pad(values, length, filler=0):
+  return [*values, *[filler] * (length - len(values))]
+
+
+def test_one_video():
+  row = build_row([Sample([7, V, 8, 9, 5], [0, 0, 0, 1, 1], (4,), frames(1, 2, 3, 4))], GEOMETRY)
+  np.testing.assert_array_equal(row.tokens[0], pad([7, 0, 0, 0, 0, 8, 9, 5], 20))
+  np.testing.assert_array_equal(row.kind[0], pad([1, 3, 3, 3, 3, 1, 2, 2], 20))
+  np.testing.assert_array_equal(row.positions[0], pad(range(8), 20))
+  np.testing.assert_array_equal(row.segments[0], pad([1] * 8, 20))
+  np.testing.assert_array_equal(row.targets[0], pad([0, 0, 0, 0, 8, 9, 5], 20))
+  np.testing.assert_array_equal(row.loss_weights[0], pad([0, 0, 0, 0, 0, 1, 1], 20))
+  np.testing.assert_array_equal(row.frames[0, :, 0, 0, 0], [1, 2, 3, 4, 0, 0])
+  np.testing.assert_array_equal(row.frame_segments[0], [1, 1, 1, 1, 0, 0])
+  np.testing.assert_array_equal(
+    row.pooling[0], [[0.5, 0.5, 0, 0, 0, 0], [0, 0, 0.5, 0.5, 0, 0], [0] * 6]
+  )
+  np.testing.assert_array_equal(row.text_index[0], pad([0, 5, 6, 7], 10, -1))
+
+
+def test_three_samples_in_a_row():
+  """A text; an image and a video in one sample, with text between; a video."""
+  geometry = dataclasses.replace(GEOMETRY, max_fast_frames=4)
+  row = build_row(
+    [
+      Sample([4, 6], [0, 1]),
+      Sample([V, 7, V, 8], [0, 1, 0, 1], (1, 2), frames(1, 2, 3)),
+      Sample([V, 9], [0, 1], (2,), frames(4, 5)),
+    ],
+    geometry,
+  )
+  np.testing.assert_array_equal(row.tokens[0], pad([4, 6, 0, 0, 7, 0, 0, 8, 0, 0, 9], 20))
+  np.testing.assert_array_equal(row.kind[0], pad([1, 2, 3, 3, 2, 3, 3, 2, 3, 3, 2], 20))
+  np.testing.assert_array_equal(row.positions[0], pad([0, 1, 0, 1, 2, 3, 4, 5, 0, 1, 2], 20))
+  np.testing.assert_array_equal(row.segments[0], pad([1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 3], 20))
+  np.testing.assert_array_equal(row.targets[0], pad([6, 0, 0, 7, 0, 0, 8, 0, 0, 9], 20))
+  np.testing.assert_array_equal(row.loss_weights[0], pad([1, 0, 0, 1, 0, 0, 1, 0, 0, 1], 20))
+  np.testing.assert_array_equal(row.frames[0, :, 0, 0, 0], [1, 2, 3, 4, 5, 0])
+  np.testing.assert_array_equal(row.frame_segments[0], [2, 2, 2, 3, 3, 0])
+  np.testing.assert_array_equal(
+    row.pooling[0],
+    [[1, 0, 0, 0, 0, 0], [0, 0.5, 0.5, 0, 0, 0], [0, 0, 0, 0.5, 0.5, 0], [0] * 6],
+  )
+  # The text sample has no slow tokens to query.
+  np.testing.assert_array_equal(row.text_index[0], pad([4, 7, 10], 10, -1))
+
+
+@pytest.mark.parametrize(
+  ("query_set", "expected"),
+  [
+    ("text-only", [2, 5, 6]),
+    ("text-only-masksystem", [5, 6]),
+    ("all", [2, 3, 4, 5, 6]),
+  ],
+)
+def test_query_sets(query_set, expected):
+  geometry = dataclasses.replace(GEOMETRY, query_set=query_set)
+  samples = [Sample([4, 6]), Sample([7, V, 8, 9], [0, 0, 0, 1], (2,), frames(1, 2))]
+  row = build_row(samples, geometry)
+  np.testing.assert_array_equal(row.text_index[0], pad(expected, 10, -1))
+
+
+def test_a_long_sample_is_cut_on_the_right():
+  geometry = dataclasses.replace(GEOMETRY, decoder_length=6)
+  row = build_row([Sample([7, V, 8, 9, 5], [0, 0, 0, 1, 1], (4,), frames(1, 2, 3, 4))], geometry)
+  np.testing.assert_array_equal(row.tokens[0], [7, 0, 0, 0, 0, 8])
+  np.testing.assert_array_equal(row.targets[0], [0, 0, 0, 0, 8, 0])
+  assert row.loss_weights.sum() == 0
+  # Its slow tokens are all there, and its fast tokens still take the first FAST positions.
+  assert row.frame_segments.sum() == 4
+  np.testing.assert_array_equal(row.text_index[0], pad([0, 5], 10, -1))
+
+
+def test_a_sample_whose_visual_positions_are_cut_off_queries_nothing():
+  geometry = dataclasses.replace(GEOMETRY, decoder_length=2)
+  row = build_row([Sample([7, 8, V], None, (2,), frames(1, 2))], geometry)
+  assert row.text_index.max() == -1
+
+
+def test_packed_samples_see_the_fast_tokens_that_they_see_alone():
+  """Frame f has the slow tokens (f, 0), (f, 1); FAST positions take fast tokens in order."""
+  geometry = dataclasses.replace(GEOMETRY, num_frames=9, max_fast_frames=6, sampling_stride=1)
+  samples = [
+    Sample([1, V, 2], None, (5,), frames(1, 2, 3, 4, 5)),
+    Sample([3]),
+    Sample([V, 4, V], None, (1, 3), frames(6, 7, 8, 9)),
+  ]
+
+  def at_fast_positions(row: Batch):
+    slow = np.stack(np.broadcast_arrays(row.frames[..., 0, :1, 0], [0.0, 1.0]), axis=-1)
+    fast = compress(jnp.asarray(slow, jnp.float32), jnp.asarray(row.pooling), 1).reshape(-1, 2)
+    merged = np.zeros((geometry.decoder_length, 2), np.float32)
+    merged[row.kind[0] == FAST] = fast[: (row.kind == FAST).sum()]
+    return merged[row.segments[0] > 0]
+
+  packed = at_fast_positions(build_row(samples, geometry))
+  alone = [at_fast_positions(build_row([sample], geometry)) for sample in samples]
+  np.testing.assert_array_equal(packed, np.concatenate(alone))
+
+
+def test_rows_of_other_lengths_collate():
+  rows = [
+    build_row([Sample([1, V], None, (6,), frames(*range(6)))], GEOMETRY),
+    build_row([Sample([2, 3])], GEOMETRY),
+    empty_row(GEOMETRY),
+  ]
+  batch = collate(rows)
+  dtypes = {field.name: getattr(batch, field.name).dtype for field in dataclasses.fields(batch)}
+  integers = ("tokens", "positions", "segments", "targets", "frame_segments", "text_index")
+  assert dtypes == dict.fromkeys(integers, np.int32) | {
+    "kind": np.int8,
+    "loss_weights": np.float32,
+    "frames": np.uint8,
+    "pooling": np.float32,
+  }
+  assert batch.frames.shape == (3, 6, 1, 2, 3)
+  assert batch.pooling.shape == (3, 3, 6)
+  np.testing.assert_array_equal(batch.segments[:, 0], [1, 1, 0])
+
+
+def test_normalised_frames_keep_their_dtype():
+  row = build_row([Sample([V], None, (2,), frames(1, 2).astype(np.float32) / 7)], GEOMETRY)
+  assert row.frames.dtype == np.float32
+  np.testing.assert_allclose(row.frames[0, :3, 0, 0, 0], [1 / 7, 2 / 7, 0], rtol=1e-6)
+
+
+def test_the_temporal_rules_reach_the_row():
+  """Each rule of the compressor changes the map; seven frames are more than the minimum."""
+  base = dataclasses.replace(GEOMETRY, num_frames=7, max_fast_frames=0)
+  assert base.max_fast_frames == 3
+  assert dataclasses.replace(base, sampling_stride=2, max_fast_frames=0).max_fast_frames == 1
+  assert dataclasses.replace(base, temporal_stride=1, max_fast_frames=0).max_fast_frames == 7
+  assert dataclasses.replace(base, min_fast_frames=5, max_fast_frames=0).max_fast_frames == 5
+  assert base.num_fast_tokens(7) == 6
+
+
+TWO = Sample([V], None, (2,), frames(1, 2))
+
+
+@pytest.mark.parametrize(
+  ("change", "samples", "message"),
+  [
+    (
+      {"text_bound": 3},
+      [Sample([1, 2, V, 3, 4], None, (2,), frames(1, 2))],
+      "text_bound is 3 .* 4",
+    ),
+    ({"num_frames": 3}, [TWO, TWO], "num_frames is 3 and the row needs 4, 1 too many"),
+    ({"max_fast_frames": 1}, [TWO, TWO], "max_fast_frames is 1 and the row needs 2, 1 too many"),
+    ({"decoder_length": 3}, [TWO, TWO], "decoder_length is 3 and the row needs 4, 1 too many"),
+    ({}, [Sample([V, V], None, (2,), frames(1, 2))], r"2 placeholder\(s\) .* 1 video"),
+    ({}, [Sample([1], None, (2,), frames(1, 2))], r"0 placeholder\(s\) .* 1 video"),
+    ({}, [Sample([V], None, (3,), frames(1, 2))], r"shape \(3, 1, 2, 3\), got \(2, 1, 2, 3\)"),
+    ({"image_size": (2, 2)}, [TWO], r"shape \(2, 2, 2, 3\), got \(2, 1, 2, 3\)"),
+    ({}, [Sample([V], None, (2,))], r"shape \(2, 1, 2, 3\), got None"),
+    ({}, [Sample([1, 2], [1])], "2 ids and 1 of loss_mask"),
+  ],
+)
+def test_errors_name_the_bound(change, samples, message):
+  with pytest.raises(UserError, match=message):
+    build_row(samples, dataclasses.replace(GEOMETRY, **change))
+
+
+def test_geometry_is_checked():
+  with pytest.raises(UserError, match=r"query_set must be one of .* got 'text'"):
+    dataclasses.replace(GEOMETRY, query_set="text")
+  with pytest.raises(UserError, match=r"text_bound must be at least 1, got 0"):
+    dataclasses.replace(GEOMETRY, text_bound=0)
