@@ -44,7 +44,7 @@ def preprocess(
   if policy == "pad":
     picture = _pad_to_square(picture, mean)
   elif policy == "clip":
-    return _center_crop(_resize_shortest_edge(picture, size), size)
+    return np.array(_center_crop(_resize_shortest_edge(picture, size), size))
   elif policy != "siglip":
     raise ValueError(f'policy must be "siglip", "clip" or "pad", got {policy!r}.')
   return np.array(picture.resize((size, size), Image.Resampling.BICUBIC))
@@ -67,6 +67,6 @@ def _resize_shortest_edge(picture: Image.Image, size: int) -> Image.Image:
   return picture.resize(shape, Image.Resampling.BICUBIC)
 
 
-def _center_crop(picture: Image.Image, size: int) -> UInt8[np.ndarray, "size size C"]:
+def _center_crop(picture: Image.Image, size: int) -> Image.Image:
   left, top = (picture.width - size) // 2, (picture.height - size) // 2
-  return np.array(picture)[top : top + size, left : left + size]
+  return picture.crop((left, top, left + size, top + size))

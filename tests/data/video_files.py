@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes small real video files whose every frame tells its own number."""
+"""Writes small real video files whose every frame shows its own number."""
 
 import dataclasses
+import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
 import av
@@ -11,10 +12,11 @@ import numpy as np
 from jaxtyping import UInt8
 
 _BITS = 10
+os.environ.setdefault("SVT_LOG", "1")  # The AV1 encoder prints its settings otherwise.
 
 
 def numbered_frame(number: int, height: int = 64, width: int = 96) -> UInt8[np.ndarray, "h w C"]:
-  """A frame with its number as ten black or white bars, and a red corner at the top left."""
+  """A frame with its number as ten black or white bars below, and a red corner at the top left."""
   image = np.full((height, width, 3), 128, np.uint8)
   for bit in range(_BITS):
     left, right = bit * width // _BITS, (bit + 1) * width // _BITS
@@ -33,57 +35,89 @@ def read_number(image: UInt8[np.ndarray, "h w C"]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class VideoSpec:
-  """How to write a video. `times`: seconds of each frame; None = a constant rate."""
+  """How to write a video.
+
+  Attributes:
+    times: seconds of each frame; None = a constant rate. Frames before 0 go into an edit list.
+    rotation: degrees counter-clockwise that a player is told to turn the frames.
+    mirrored: a player is told to swap left and right after that.
+    draw: the pixels of frame i, height and width; as they stand in the file, before any rotation.
+    options: of the encoder.
+    container_options: of the container.
+  """
 
   num_frames: int = 60
   fps: int = 25
   height: int = 64
   width: int = 96
   codec: str = "libx264"
+  pixels: str = "yuv420p"
   gop: int = 12
   times: Sequence[float] | None = None
   rotation: int = 0
-  format: str | None = None
-  options: dict[str, str] = dataclasses.field(default_factory=dict)
-  pixels: str = "yuv420p"
-  container_options: dict[str, str] = dataclasses.field(default_factory=dict)
+  mirrored: bool = False
   audio: bool = False
+  draw: Callable[[int, int, int], UInt8[np.ndarray, "h w C"]] = numbered_frame
+  options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  container_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def write_video(path: pathlib.Path, spec: VideoSpec = VideoSpec()) -> pathlib.Path:
-  """Writes the video and returns its path. The container follows the file's suffix."""
-  with av.open(
-    str(path), "w", format=spec.format, container_options=spec.container_options
-  ) as container:
-    stream = container.add_stream(spec.codec, rate=spec.fps, options=spec.options)
+def write_video(path: pathlib.Path, spec: VideoSpec | None = None) -> pathlib.Path:
+  """Writes a video and returns its path. The container follows the path's suffix."""
+  spec = spec or VideoSpec()
+  with av.open(str(path), "w", container_options=dict(spec.container_options)) as container:
+    stream = container.add_stream(spec.codec, rate=spec.fps, options=dict(spec.options))
     stream.width, stream.height, stream.pix_fmt = spec.width, spec.height, spec.pixels
     stream.gop_size = spec.gop
     tick = Fraction(1, spec.fps) if spec.times is None else Fraction(1, 1000)
     stream.codec_context.time_base = tick
-    if spec.rotation:
-      stream.set_display_rotation(spec.rotation)
+    if spec.rotation or spec.mirrored:
+      stream.set_display_rotation(spec.rotation, hflip=spec.mirrored)
     sound = container.add_stream("aac", rate=16000) if spec.audio else None
     for number in range(spec.num_frames):
-      image = numbered_frame(number, spec.height, spec.width)
+      image = np.ascontiguousarray(spec.draw(number, spec.height, spec.width))
       frame = av.VideoFrame.from_ndarray(image, format="rgb24")
       frame.time_base = tick
       frame.pts = number if spec.times is None else round(spec.times[number] * 1000)
       container.mux(stream.encode(frame))
     container.mux(stream.encode())
     if sound is not None:
-      _write_silence(container, sound)
+      _mux_silence(container, sound)
   return path
 
 
-def write_audio(path: pathlib.Path, codec: str = "aac") -> pathlib.Path:
-  """Writes a second of silence without any picture."""
+def write_audio(path: pathlib.Path, cover: bool = False) -> pathlib.Path:
+  """Writes a second of silence, with a cover picture if asked (MP3), but without any video."""
   with av.open(str(path), "w") as container:
-    _write_silence(container, container.add_stream(codec, rate=16000))
+    sound = container.add_stream("libmp3lame" if path.suffix == ".mp3" else "aac", rate=16000)
+    if cover:
+      picture = container.add_stream("mjpeg", rate=1)
+      picture.width, picture.height, picture.pix_fmt = 96, 64, "yuvj420p"
+      picture.disposition = av.stream.Disposition.attached_pic
+      frame = av.VideoFrame.from_ndarray(numbered_frame(0), format="rgb24")
+      frame.pts = 0
+      container.mux(picture.encode(frame) + picture.encode())
+    _mux_silence(container, sound)
   return path
 
 
-def _write_silence(container: av.container.OutputContainer, stream: av.AudioStream) -> None:
+def _mux_silence(container: av.container.OutputContainer, stream: av.AudioStream) -> None:
   frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), "fltp", "mono")
   frame.sample_rate = 16000
   container.mux(stream.encode(frame))
   container.mux(stream.encode())
+
+
+def rewrite_packets(
+  source: pathlib.Path, target: pathlib.Path, edit: Callable[[int, bytes], bytes]
+) -> pathlib.Path:
+  """Copies a video packet by packet, in decoding order, with the content that `edit` returns."""
+  with av.open(str(source)) as old, av.open(str(target), "w") as new:
+    stream = new.add_stream_from_template(old.streams.video[0])
+    packets = (p for p in old.demux(old.streams.video[0]) if p.size)
+    for number, packet in enumerate(packets):
+      copy = av.Packet(edit(number, bytes(packet)))
+      copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+      copy.is_keyframe, copy.stream = packet.is_keyframe, stream
+      new.mux(copy)
+  return target
