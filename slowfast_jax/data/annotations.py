@@ -19,7 +19,7 @@ from slowfast_jax.errors import UserError
 
 ROLES = ("system", "human", "gpt")
 _OWN_FIELDS = frozenset({"id", "video", "image", "conversations"})
-_WHITESPACE = re.compile(r"[ \t\r\n]*")
+_NOT_SPACE = re.compile(r"[^ \t\r\n]")
 
 
 class AnnotationError(UserError):
@@ -62,9 +62,13 @@ class _EntryError(ValueError):
 
 def read_annotations(path: str | os.PathLike) -> list[Annotation]:
   """Reads all entries of a file, or raises an AnnotationError that lists its first problems."""
-  entries, problems = [], []
+  entries: list[Annotation] = []
+  problems: list[AnnotationError] = []
   for item in scan_annotations(path):
-    (problems if isinstance(item, AnnotationError) else entries).append(item)
+    if isinstance(item, AnnotationError):
+      problems.append(item)
+    else:
+      entries.append(item)
   if problems:
     first = problems[0]
     others = [f"line {problem.line}: {problem.reason}" for problem in problems[1:4]]
@@ -150,7 +154,8 @@ def _list_values(path, text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _skip_space(text: str, position: int) -> int:
-  return _WHITESPACE.match(text, position).end()
+  found = _NOT_SPACE.search(text, position)
+  return found.start() if found else len(text)
 
 
 def _json_reason(error: Exception) -> str:
@@ -260,7 +265,7 @@ def _check_id(entry: Annotation, first_by_id: dict[str, Annotation]) -> None:
     return
   if first.media is None or first.media != entry.media:
     raise _EntryError(
-      f'the id {_show(entry.id)} of {_show(entry.media)} was used in line {first.line} for '
+      f"the id {_show(entry.id)} of {_show(entry.media)} was used in line {first.line} for "
       f"{_show(first.media)}; give each its own id"
     )
   if first.conversations == entry.conversations:

@@ -202,9 +202,7 @@ class _Run:
 
   def _describe_failure(self, item: Item, failure: Failure) -> dict[str, Any]:
     first = item.entries[0]
-    reason = failure.reason
-    if item.media is not None:
-      reason = reason.removeprefix(f"{self._root / item.media}: ")
+    reason = failure.reason.removeprefix(f"{item.path(self._root)}: ")
     return _error(item.media or first.id, first.line, len(item.entries), reason)
 
   def _check_errors(self) -> None:

@@ -26,6 +26,9 @@ class Item:
   kind: str
   entries: list[Annotation]
 
+  def path(self, root: pathlib.Path) -> pathlib.Path:
+    return root / (self.media or "")
+
 
 @dataclasses.dataclass(frozen=True)
 class Made:
@@ -45,7 +48,7 @@ def make(root: pathlib.Path, config: PrepareConfig, item: Item) -> Made:
 
 def _video_record(root: pathlib.Path, config: PrepareConfig, item: Item) -> Record:
   frames = read_frames(
-    root / item.media,
+    item.path(root),
     config.num_frames,
     sampler=config.sampler,
     target_fps=config.target_fps,
@@ -53,7 +56,7 @@ def _video_record(root: pathlib.Path, config: PrepareConfig, item: Item) -> Reco
   )
   about = {"decode_errors": frames.decode_errors, "rotation": frames.rotation}
   return Record(
-    frames=frames.images,
+    frames=list(frames.images),
     timestamps=frames.timestamps,
     frame_indices=frames.indices,
     duration=frames.duration,
@@ -66,11 +69,12 @@ def _video_record(root: pathlib.Path, config: PrepareConfig, item: Item) -> Reco
 
 
 def _image_record(root: pathlib.Path, config: PrepareConfig, item: Item) -> Record:
-  with Image.open(root / item.media) as opened:
+  with Image.open(item.path(root)) as opened:
     image = np.array(opened.convert("RGB"))
+  height, width, _ = image.shape
   mean = CLIP_MEAN if config.policy == "clip" else _SIGLIP_MEAN
   square = preprocess(image, config.size, "pad", mean=mean)
-  return _still_record([_jpeg(square, config)], *image.shape[:2], item)
+  return _still_record([_jpeg(square, config)], height, width, item)
 
 
 def _text_record(root: pathlib.Path, config: PrepareConfig, item: Item) -> Record:

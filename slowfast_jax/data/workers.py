@@ -114,7 +114,7 @@ class Workers:
     for worker in list(self._workers):
       if worker.connection in answered:
         yield from self._receive(worker)
-      elif time.monotonic() >= worker.deadline:
+      elif worker.job is not None and time.monotonic() >= worker.deadline:
         reason = f"took longer than {self._timeout:g} seconds (--timeout)"
         yield _Outcome(worker.job, Failure(reason))
         self._replace(worker)
@@ -132,7 +132,7 @@ class Workers:
         yield _Outcome(worker.job, Failure(_cause_of_death(worker.process)))
       self._replace(worker)
       return
-    if worker.ready:
+    if worker.job is not None:
       yield _Outcome(worker.job, pickle.loads(answer), len(answer))
     worker.ready, worker.job, worker.deadline = True, None, float("inf")
 
@@ -176,5 +176,7 @@ def _attempt(function: Callable[[Any], Any], job) -> Any:
 
 def _die_with_parent() -> None:
   """Ends the worker even in the middle of a job, however the parent ended."""
-  wait([multiprocessing.parent_process().sentinel])
-  os._exit(1)
+  parent = multiprocessing.parent_process()
+  if parent is not None:
+    wait([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`slowfast inspect`: what is in records, a checkpoint or a config."""
+
+import argparse
+import dataclasses
+import pathlib
+from collections.abc import Callable
+
+from slowfast_jax.errors import UsageError, UserError
+
+HELP = "show what is in records, a checkpoint or a config"
+
+EXAMPLES = """examples:
+  slowfast inspect records/train
+  slowfast inspect records/train --html sheet.html     frames and conversations, to look at
+  slowfast inspect configs/demo.py
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A kind of thing that can be inspected.
+
+  Attributes:
+    name: with its article, for messages.
+    matches: whether a path is of this kind; looks at names only.
+    describe: the text to print.
+    sheet: the HTML page of `--html`; None where there is none.
+  """
+
+  name: str
+  matches: Callable[[pathlib.Path], bool]
+  describe: Callable[[pathlib.Path], str]
+  sheet: Callable[[pathlib.Path], str] | None = None
+
+
+def _is_records(path: pathlib.Path) -> bool:
+  return any((path / name).exists() for name in ("index.npy", "dataset_info.json", ".prepare"))
+
+
+def _describe_records(path: pathlib.Path) -> str:
+  from slowfast_jax.data.inspect import folder_facts, format_facts
+  from slowfast_jax.data.records import RecordSource
+
+  return format_facts(folder_facts(RecordSource(path)))
+
+
+def _records_sheet(path: pathlib.Path) -> str:
+  from slowfast_jax.data.inspect import contact_sheet
+  from slowfast_jax.data.records import RecordSource
+
+  return contact_sheet(RecordSource(path))
+
+
+def _is_config(path: pathlib.Path) -> bool:
+  return path.suffix == ".py"
+
+
+def _describe_config(path: pathlib.Path) -> str:
+  from slowfast_jax.config import load_config
+
+  return str(load_config(path)).rstrip()
+
+
+# The first that matches describes the path.
+KINDS = (
+  Kind("a records folder", _is_records, _describe_records, _records_sheet),
+  Kind("a config file (.py)", _is_config, _describe_config),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("path", metavar="PATH", help=f"{_names()}")
+  parser.add_argument("--html", metavar="FILE", help="write a page to look at (records)")
+
+
+def run(args: argparse.Namespace) -> int:
+  path = pathlib.Path(args.path)
+  kind = find_kind(path)
+  if args.html and kind.sheet is None:
+    raise UsageError(f"--html: there is no page for {kind.name} such as {path}")
+  print(kind.describe(path))
+  if args.html and kind.sheet:
+    _write(pathlib.Path(args.html), kind.sheet(path))
+  return 0
+
+
+def describe(path: pathlib.Path) -> str:
+  """What is in a path, as text.
+
+  Raises:
+    UserError: nothing of a kind that can be inspected is there.
+  """
+  return find_kind(path).describe(path)
+
+
+def find_kind(path: pathlib.Path) -> Kind:
+  for kind in KINDS:
+    if kind.matches(path):
+      return kind
+  raise UserError(f"{path}: {_what_is(path)}; expected {_names()}")
+
+
+def _names() -> str:
+  return " or ".join(kind.name for kind in KINDS)
+
+
+def _what_is(path: pathlib.Path) -> str:
+  if path.is_dir():
+    names = sorted(entry.name for entry in path.iterdir())
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"a folder with {', '.join(names[:5])}{more}" if names else "an empty folder"
+  if path.exists():
+    return f"a file of {path.stat().st_size} bytes"
+  return "there is no such file or folder"
+
+
+def _write(file: pathlib.Path, text: str) -> None:
+  try:
+    file.write_text(text, encoding="utf-8")
+  except OSError as error:
+    raise UserError(f"--html {file}: cannot be written: {error.strerror}") from error
+  print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)")

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`slowfast prepare`: raw videos and LLaVA-style annotations to frame-sampled records."""
+
+import argparse
+import pathlib
+import shutil
+
+from slowfast_jax.cli.progress import Progress
+from slowfast_jax.data.prepare import Report, prepare
+from slowfast_jax.data.prepare_config import PrepareConfig
+from slowfast_jax.errors import UserError
+
+HELP = "turn raw videos and their annotations into frame-sampled records"
+
+EXAMPLES = """examples:
+  slowfast prepare --videos clips/ --annotations train.json --output records/train
+  slowfast prepare --videos clips/ --annotations train.jsonl --output records/train \\
+      --frames 64 --sampler fps --target-fps 4 --size 576 --policy clip
+
+The same command again resumes where a killed run stopped. Videos that cannot be read are left out
+and listed in OUTPUT/errors.jsonl; OUTPUT/report.json sums up. `slowfast inspect OUTPUT` shows what
+is there. An annotation file is a JSON list or has one JSON object a line:
+
+  {"id": "1", "video": "a/b.mp4", "conversations": [
+    {"from": "human", "value": "<video>\\nWhat happens?"}, {"from": "gpt", "value": "It rains."}]}
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  default = PrepareConfig()
+  add = parser.add_argument
+  add("--videos", required=True, metavar="DIR", help="folder that the annotated paths start from")
+  add("--annotations", required=True, metavar="FILE", help="LLaVA-style JSON or JSONL")
+  add("--output", required=True, metavar="DIR", help="records folder to write or to resume")
+  add("--report", metavar="FILE", help="also write report.json here")
+  add("--frames", type=int, default=default.num_frames, help="a video, at most (%(default)s)")
+  add(
+    "--sampler",
+    choices=("uniform", "fps"),
+    default=default.sampler,
+    help="which frames: spread evenly, or at --target-fps (%(default)s)",
+  )
+  add(
+    "--target-fps",
+    type=float,
+    default=default.target_fps,
+    help="frames a second of --sampler fps (%(default)s)",
+  )
+  add("--size", type=int, default=default.size, help="of the frames, in pixels (%(default)s)")
+  add(
+    "--policy",
+    choices=("siglip", "clip"),
+    default=default.policy,
+    help="how frames become square: siglip stretches, clip crops (%(default)s)",
+  )
+  add("--quality", type=int, default=default.quality, help="of the JPEG frames (%(default)s)")
+  add("--shards", type=int, help="files (one for every 256 videos)")
+  add("--workers", type=int, help="processes (one for every core)")
+  add(
+    "--on-error",
+    default=default.on_error,
+    metavar="{skip,fail,budget=P%}",
+    help="broken videos: go past them, stop at the first, or stop at more than P%% (%(default)s)",
+  )
+  add(
+    "--timeout",
+    type=float,
+    default=default.timeout,
+    help="seconds that one video may take (%(default)g)",
+  )
+
+
+def run(args: argparse.Namespace) -> int:
+  config = PrepareConfig(
+    num_frames=args.frames,
+    sampler=args.sampler,
+    target_fps=args.target_fps,
+    size=args.size,
+    policy=args.policy,
+    quality=args.quality,
+    shards=args.shards,
+    workers=args.workers,
+    on_error=args.on_error,
+    timeout=args.timeout,
+  )
+  with Progress("Preparing", "videos") as progress:
+    report = prepare(args.videos, args.annotations, args.output, config, progress)
+  if args.report:
+    _copy_report(pathlib.Path(args.output) / "report.json", pathlib.Path(args.report))
+  print(_summary(report, args.output))
+  return 0
+
+
+def _copy_report(source: pathlib.Path, target: pathlib.Path) -> None:
+  try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+  except OSError as error:
+    raise UserError(f"--report {target}: cannot be written: {error}") from error
+
+
+def _summary(report: Report, output: str) -> str:
+  lines = [
+    f"{output}: {report.records} records, {report.conversations} conversations, {report.frames} "
+    f"frames, {report.num_bytes / 1e6:.1f} MB in {report.shards} shards; {report.seconds:.1f} s"
+  ]
+  if report.resumed_shards:
+    lines.append(f"{report.resumed_shards} shards were already done.")
+  if report.lost_frames:
+    lines.append(f"{report.lost_frames} frames were damaged in their videos and are missing.")
+  if report.errors:
+    lines.append(f"{report.errors} left out: see {output}/errors.jsonl")
+  return "\n".join(lines)
