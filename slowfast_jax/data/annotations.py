@@ -135,12 +135,14 @@ def _list_values(path, text: str) -> Iterator[tuple[int, Any]]:
   position, line, counted = text.index("[") + 1, 1, 0
   try:
     position = _skip_space(text, position)
-    while not text.startswith("]", position):
+    more = not text.startswith("]", position)
+    while more:
       line, counted = line + text.count("\n", counted, position), position
       value, position = _DECODER.raw_decode(text, position)
       yield line, value
       position = _skip_space(text, position)
-      if text.startswith(",", position):
+      more = text.startswith(",", position)
+      if more:
         position = _skip_space(text, position + 1)
       elif not text.startswith("]", position):
         raise json.JSONDecodeError('expected "," or "]" after a list element', text, position)
