@@ -17,6 +17,7 @@ import numpy as np
 import simplejpeg
 from array_record.python import array_record_data_source, array_record_module
 from etils import epath
+from google.protobuf.message import DecodeError
 from jaxtyping import Float32, Int32, UInt8
 
 from slowfast_jax.errors import UserError
@@ -273,10 +274,10 @@ class RecordSource:
     if not 0 <= i < len(self):
       raise IndexError(f"record {i} of {len(self)} in {self.path}")
     try:
-      data = self._records[i]
-    except (RuntimeError, IndexError) as error:
+      return parse_record(self._records[i])
+    # A file that is cut off gives empty records without any complaint: parsing finds them out.
+    except (RuntimeError, IndexError, ValueError, DecodeError) as error:
       raise self._unreadable(i, error) from error
-    return parse_record(data)
 
   def __repr__(self) -> str:
     return f"RecordSource({self.path!r})"

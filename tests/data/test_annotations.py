@@ -111,7 +111,7 @@ BAD_ENTRIES = {
 }
 
 
-@pytest.mark.parametrize("value, reason", BAD_ENTRIES.values(), ids=BAD_ENTRIES)
+@pytest.mark.parametrize(("value", "reason"), BAD_ENTRIES.values(), ids=BAD_ENTRIES)
 def test_a_bad_entry_names_its_line_and_spoils_no_other(tmp_path, value, reason):
   good = [entry(id=i) for i in "xy"]
   for text in (
@@ -150,7 +150,7 @@ BAD_LINES = {
 }
 
 
-@pytest.mark.parametrize("line, reason", BAD_LINES.values(), ids=BAD_LINES)
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES.values(), ids=BAD_LINES)
 def test_bad_json_names_its_line(tmp_path, line, reason):
   good = json.dumps(entry())
   first, problem = scan_annotations(write(tmp_path, f"{good}\n{line}\n"))
@@ -184,7 +184,7 @@ def test_files_that_cannot_be_read_on(tmp_path, text, line, reason):
 
 
 def test_no_such_file(tmp_path):
-  with pytest.raises(UserError, match="none.json: cannot read annotations: No such file"):
+  with pytest.raises(UserError, match=r"none\.json: cannot read annotations: No such file"):
     read_annotations(tmp_path / "none.json")
 
 
