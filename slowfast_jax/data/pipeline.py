@@ -5,9 +5,11 @@ Nothing has to be saved to resume: the step says which samples come next, on any
 processes. Each process decodes and builds only its own rows of the global batch.
 """
 
+import atexit
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Generator, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import grain
@@ -147,6 +149,12 @@ class TrainPipeline:
     Raises:
       UserError: no sample can be used, so the records and the configuration do not fit.
     """
+    batches = self._batches(start_step)
+    # Left open until the interpreter ends, Grain's iterators trip over modules that are gone.
+    atexit.register(_close, weakref.ref(batches))
+    return batches
+
+  def _batches(self, start_step: int) -> Generator[Batch, None, None]:
     self._failed_in_a_row = 0
     with contextlib.closing(iter(self._dataset(start_step))) as iterator:
       for batch, failures in iterator:
@@ -212,3 +220,10 @@ def _collate(
 ) -> tuple[Batch, list[Failure | None]]:
   rows, failures = zip(*elements)
   return collate(rows), list(failures)
+
+
+def _close(batches: weakref.ref) -> None:
+  generator = batches()
+  if generator is not None:
+    with contextlib.suppress(ValueError):  # Another thread is in it: then that thread's to close.
+      generator.close()

@@ -53,7 +53,10 @@ class Tokenizer:
 
   @classmethod
   def from_dir(cls, path: str | os.PathLike) -> "Tokenizer":
-    """Loads the tokenizer of a Hugging Face folder: tokenizer.json, tokenizer_config.json.
+    """Loads the tokenizer of a Hugging Face folder.
+
+    Read are tokenizer_config.json and tokenizer.json; without the latter, vocab.json and merges.txt
+    in Qwen2's layout.
 
     Raises:
       UserError: a file is missing or unreadable, or the tokenizer has no ChatML special tokens.
@@ -61,16 +64,18 @@ class Tokenizer:
     folder = pathlib.Path(path)
     config = _read_json(folder / "tokenizer_config.json")
     file = folder / "tokenizer.json"
-    if not file.is_file():
-      raise UserError(f"{file}: no such file; a Hugging Face tokenizer folder has one.")
+    if not file.exists() and (folder / "vocab.json").exists():
+      file = folder / "vocab.json"
     try:
-      backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # The library raises bare Exception.
-      raise UserError(f"{file}: not a tokenizer of the tokenizers library: {error}") from error
-    try:
+      if file.name == "vocab.json":
+        backend = _qwen2_backend(folder, config)
+      else:
+        backend = tokenizers.Tokenizer.from_file(str(_existing(file)))
       return cls(backend, config)
     except UserError as error:
       raise UserError(f"{file}: {error}") from None
+    except Exception as error:  # The library raises bare Exception.
+      raise UserError(f"{file}: not a tokenizer of the tokenizers library: {error}") from error
 
   def encode(self, text: str) -> list[int]:
     """Ids of plain text; special tokens written in it are encoded as the text they are."""
@@ -134,6 +139,23 @@ def _empty_backend() -> tokenizers.Tokenizer:
   return backend
 
 
+def _qwen2_backend(folder: pathlib.Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+  """The tokenizer of a folder that was saved without tokenizer.json."""
+  backend = _empty_backend()
+  merges = _existing(folder / "merges.txt")
+  backend.model = models.BPE.from_file(str(folder / "vocab.json"), str(merges))
+  added = config.get("added_tokens_decoder", {})
+  for index, token in sorted(added.items(), key=lambda item: int(item[0])):
+    backend.add_tokens([tokenizers.AddedToken(**token)])
+    if backend.token_to_id(token["content"]) != int(index):
+      got = backend.token_to_id(token["content"])
+      raise UserError(
+        f"tokenizer_config.json gives {token['content']!r} the id {index}, but here it gets {got}; "
+        "save the tokenizer again so that the folder has a tokenizer.json."
+      )
+  return backend
+
+
 def _qwen2_config(backend: tokenizers.Tokenizer, specials: list[str]) -> dict[str, Any]:
   """tokenizer_config.json as Qwen2 ships it."""
   flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
@@ -158,11 +180,17 @@ def _qwen2_config(backend: tokenizers.Tokenizer, specials: list[str]) -> dict[st
   }
 
 
+def _existing(file: pathlib.Path) -> pathlib.Path:
+  if not file.is_file():
+    raise UserError(f"no such file {file.name}; a Hugging Face tokenizer folder has one.")
+  return file
+
+
 def _read_json(file: pathlib.Path) -> dict[str, Any]:
   try:
-    config = json.loads(file.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise UserError(f"{file}: no such file; a Hugging Face tokenizer folder has one.") from None
+    config = json.loads(_existing(file).read_text(encoding="utf-8"))
+  except UserError as error:
+    raise UserError(f"{file}: {error}") from None
   except (OSError, ValueError) as error:
     raise UserError(f"{file}: not readable as JSON: {error}") from error
   if not isinstance(config, dict):

@@ -60,8 +60,12 @@ def test_ids_equal_the_jinja_template(turns):
     assert encode_prompt(TOKENIZER, turns[:-1], num_media=expected.count(IMAGE_TOKEN)) == expected
 
 
+# No "<": placeholders and special tokens are what the two treat differently.
+TEXT = st.text(st.characters(exclude_characters="<", exclude_categories=["Cs"]))
+
+
 @settings(deadline=None, max_examples=60)
-@given(st.text(), st.text().map(str.lstrip))
+@given(TEXT, TEXT.map(str.lstrip))
 def test_any_text_equals_the_jinja_template(question, answer):
   turns = [human(question), gpt(answer)]
   assert encode_chat(TOKENIZER, turns).ids == encode_rendered(render(turns))

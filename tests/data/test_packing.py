@@ -36,7 +36,7 @@ def pad(values, length, filler=0):
 
 
 def test_one_video():
-  row = build_row([Sample([7, V, 8, 9, 5], [0, 0, 0, 1, 1], (4,), frames(1, 2, 3, 4))], GEOMETRY)
+  row = build_row([Sample([7, V, 8, 9, 5], [0, 1, 0, 1, 1], (4,), frames(1, 2, 3, 4))], GEOMETRY)
   np.testing.assert_array_equal(row.tokens[0], pad([7, 0, 0, 0, 0, 8, 9, 5], 20))
   np.testing.assert_array_equal(row.kind[0], pad([1, 3, 3, 3, 3, 1, 2, 2], 20))
   np.testing.assert_array_equal(row.positions[0], pad(range(8), 20))

@@ -3,6 +3,10 @@
 
 import dataclasses
 import itertools
+import os
+import pathlib
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -198,12 +202,30 @@ def test_samples_read_ahead_are_not_counted_yet():
   assert tested.num_failures == 0
 
 
+def test_an_iterator_left_open_does_not_disturb_the_exit():
+  code = "import test_pipeline as t; b = t.pipeline(read_threads=2).iterate(); next(b)"
+  here = pathlib.Path(__file__).parent
+  path = os.pathsep.join([str(here), str(here.parent.parent)])
+  environment = os.environ | {"PYTHONPATH": path}
+  done = subprocess.run(
+    [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+  )
+  assert done.returncode == 0, done.stderr
+  assert "Exception" not in done.stderr
+
+
 def test_nothing_but_failures_is_an_error():
   small = dataclasses.replace(GEOMETRY, image_size=(4, 4))
   tested = pipeline(geometry=small, read_threads=2)
   steps = FAILURES_IN_A_ROW // BATCH_SIZE
   with pytest.raises(UserError, match=r"samples in a row could not be used.*\(2, 4, 4, 3\), got"):
     take(tested.iterate(), steps)
+
+
+def test_scattered_failures_never_stop_a_run():
+  tested = pipeline(FakeSource(_2=damaged(2)))
+  take(tested.iterate(), 2 * FAILURES_IN_A_ROW)
+  assert tested.num_failures > FAILURES_IN_A_ROW
 
 
 def test_text_without_a_video_trains_too():

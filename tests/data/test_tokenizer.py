@@ -62,6 +62,33 @@ def test_a_saved_folder_loads_and_saves_unchanged(tmp_path):
   assert backend.encode(IM_END).ids == [TOKENIZER.im_end_id]
 
 
+def without_tokenizer_json(folder):
+  TOKENIZER.save(folder)
+  file = folder / "tokenizer.json"
+  model = json.loads(file.read_text())["model"]
+  file.unlink()
+  (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+  merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+  (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+
+
+def test_a_folder_with_vocabulary_and_merges_loads(tmp_path):
+  without_tokenizer_json(tmp_path)
+  loaded = Tokenizer.from_dir(tmp_path)
+  text = f"What's in the video 😀{IM_END}? 42\n\n"
+  assert loaded.encode(text) == TOKENIZER.encode(text)
+  assert (loaded.im_start_id, loaded.im_end_id) == (TOKENIZER.im_start_id, TOKENIZER.im_end_id)
+  assert loaded.decode(loaded.encode(text)) == text
+  config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+  config["added_tokens_decoder"].pop(str(TOKENIZER.pad_id))
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+  with pytest.raises(UserError, match=r"vocab\.json: tokenizer_config\.json gives .* the id"):
+    Tokenizer.from_dir(tmp_path)
+  (tmp_path / "merges.txt").unlink()
+  with pytest.raises(UserError, match=r"vocab\.json: no such file merges\.txt"):
+    Tokenizer.from_dir(tmp_path)
+
+
 def test_tokens_may_be_written_as_objects(tmp_path):
   TOKENIZER.save(tmp_path)
   file = tmp_path / "tokenizer_config.json"
@@ -84,7 +111,7 @@ def test_errors_name_the_file(tmp_path):
   with pytest.raises(UserError, match=r"tokenizer_config\.json: no such file"):
     Tokenizer.from_dir(tmp_path)
   (tmp_path / "tokenizer_config.json").write_text("{}")
-  with pytest.raises(UserError, match=r"tokenizer\.json: no such file"):
+  with pytest.raises(UserError, match=r"tokenizer\.json: no such file tokenizer"):
     Tokenizer.from_dir(tmp_path)
   (tmp_path / "tokenizer.json").write_text("{}")
   with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer"):
