@@ -36,6 +36,9 @@ _FORMATS = (
   "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,flv,asf,"
   "ogg,gif,mxf,nut,dv,rm,yuv4mpegpipe,mjpeg,wtv,mp3,wav,flac,aac"
 )
+# What a damaged file makes PyAV raise while packets are read; IndexError: a stream that the header
+# did not announce.
+_DAMAGE = (av.FFmpegError, OSError, IndexError)
 _MP4_BOXES = (b"ftyp", b"mdat", b"moov", b"free", b"wide", b"skip")
 # A jump costs a seek and refills the decoder; decoding a few frames costs less.
 _MIN_FRAMES_JUMPED = 8
@@ -187,7 +190,7 @@ def packet_index(name: str, video: Video) -> FrameIndex | None:
   shown: list[tuple[int, int]] = []
   keys: list[tuple[int, int | None]] = []
   packets = 0
-  with contextlib.suppress(av.FFmpegError):  # Cut off here; the rest counts as missing below.
+  with contextlib.suppress(*_DAMAGE):  # Cut off here; the rest counts as missing below.
     for packet in video.container.demux(video.stream):
       packets += bool(packet.size or packet.dts is not None)
       if not packet.size:  # A repeated frame of AVI, or the end.
@@ -286,10 +289,8 @@ def decode(
       last, nearest = i, bisect.bisect_left(wanted, i)
       if nearest < len(wanted) and wanted[nearest] == i:
         nearest += 1
-        if frame.is_corrupt:
-          errors.append(frame)
-        else:
-          _develop(result, i, frame, transform)
+        if not _develop(result, i, frame, transform):
+          errors.append(i)
         if nearest < len(wanted) and index.can_jump(i, wanted[nearest]):
           target = wanted[nearest]
           break
@@ -309,7 +310,7 @@ def _packets_for(video: Video, index: FrameIndex, i: int) -> Iterator[av.Packet]
     return video.container.demux(video.stream)
   pts, dts = index.start_of(i)
   for target in (pts, dts):
-    with contextlib.suppress(av.FFmpegError):
+    with contextlib.suppress(*_DAMAGE):
       if target is None:
         continue
       video.container.seek(target, stream=video.stream)
@@ -338,9 +339,9 @@ def _decoded(packets: Iterator[av.Packet], errors: list[Any]) -> Iterator[VideoF
     for packet in packets:
       try:
         yield from packet.decode()
-      except av.FFmpegError as error:
+      except _DAMAGE as error:
         errors.append(error)
-  except av.FFmpegError as error:
+  except _DAMAGE as error:
     errors.append(error)
 
 
@@ -354,17 +355,24 @@ def _numbered(frames: Iterator[VideoFrame], index: FrameIndex) -> Iterator[tuple
       yield i, frame
 
 
-def _develop(result: Decoded, i: int, frame: VideoFrame, transform: Transform | None) -> None:
-  """Adds a frame to the result, upright, in RGB and of the first frame's size."""
+def _develop(result: Decoded, i: int, frame: VideoFrame, transform: Transform | None) -> bool:
+  """Adds a frame to the result, upright, in RGB and of the first frame's size, unless damaged."""
+  if frame.is_corrupt:
+    return False
+  try:
+    image = frame.to_ndarray(format="rgb24", threads=1)
+  except _DAMAGE:
+    return False
   if not result.images:
     result.rotation, result.turn = frame.rotation % 360, _turn(frame)
-  image = _upright(frame.to_ndarray(format="rgb24"), *result.turn)
+  image = _upright(image, *result.turn)
   if not result.images:
     result.size = image.shape[:2]
   elif image.shape[:2] != result.size:  # Some streams change their size midway.
     height, width = result.size
     image = av.VideoFrame.from_ndarray(image).to_ndarray(format="rgb24", width=width, height=height)
   result.images[i] = image if transform is None else transform(image)
+  return True
 
 
 def _turn(frame: VideoFrame) -> tuple[bool, bool, bool]:

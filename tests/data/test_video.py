@@ -151,9 +151,23 @@ def test_every_format_gives_the_chosen_frames(tmp_path, name, spec):
   assert (frames.decode_errors, frames.rotation) == (0, 0)
 
 
-@pytest.mark.parametrize("gop", [1, 10, 300])
-def test_jumping_and_skipping_change_no_pixel(tmp_path, gop):
-  path = write_video(tmp_path / "a.mp4", VideoSpec(num_frames=120, gop=gop))
+@pytest.mark.parametrize(
+  ("name", "spec"),
+  [
+    ("a.mp4", VideoSpec(num_frames=120, gop=1)),
+    ("a.mp4", VideoSpec(num_frames=120, gop=10)),
+    ("a.mp4", VideoSpec(num_frames=120, gop=300)),
+    ("a.mkv", VideoSpec(num_frames=120, gop=10)),
+    ("a.ts", VideoSpec(num_frames=120, gop=10)),
+    ("a.flv", VideoSpec(num_frames=120, gop=10)),
+    ("a.avi", VideoSpec(num_frames=120, gop=10, codec="mpeg4", options={"bf": "2"})),
+    ("a.mpg", VideoSpec(num_frames=120, gop=10, codec="mpeg2video", options={"bf": "2"})),
+    ("h265.mkv", VideoSpec(num_frames=120, gop=10, codec="libx265", options=QUIET_X265)),
+    ("a.webm", VideoSpec(num_frames=120, gop=10, codec="libvpx-vp9", options={"speed": "8"})),
+  ],
+)
+def test_jumping_and_skipping_change_no_pixel(tmp_path, name, spec):
+  path = write_video(tmp_path / name, spec)
   with av.open(str(path)) as container:
     every = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
   for num_frames in (1, 2, 5, 40, 120):

@@ -75,6 +75,38 @@ def test_a_stream_that_was_cut_off_is_as_long_as_what_is_left(tmp_path):
   np.testing.assert_allclose(frames.timestamps, np.array(numbers(frames)) / 25, atol=1e-3)
 
 
+def _harm(rng: np.random.Generator, content: bytes) -> bytes:
+  """Overwrites, removes or cuts some of the content, anywhere."""
+  data, at, length = bytearray(content), rng.integers(len(content)), rng.integers(1, 2000)
+  match rng.integers(4):
+    case 0:
+      return bytes(data[: at + 1])
+    case 1:
+      del data[at : at + length]
+    case 2:
+      data[at : at + length] = rng.bytes(length)
+    case _:
+      for i in rng.integers(len(data), size=rng.integers(1, 40)):
+        data[i] = rng.integers(256)
+  return bytes(data)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "flv", "avi", "h264"])
+def test_whatever_the_damage_there_are_true_frames_or_a_clear_error(tmp_path, suffix):
+  content = write_video(tmp_path / f"a.{suffix}").read_bytes()
+  rng = np.random.default_rng(0)
+  for _ in range(60):
+    try:
+      frames = read_frames(_harm(rng, content), 12)
+    except VideoError:
+      continue
+    assert 0 < len(frames.images) == len(frames.indices) == len(frames.timestamps)
+    assert (np.diff(frames.indices) >= 0).all()
+    assert (np.diff(frames.timestamps) >= 0).all()
+    assert 0 <= frames.indices[0] <= frames.indices[-1] < frames.total_frames
+    assert 0 <= frames.timestamps[0] <= frames.timestamps[-1] <= frames.duration
+
+
 # What is no video.
 
 PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n"
