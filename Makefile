@@ -34,7 +34,7 @@ format: $(VENV)/.installed-dev
 $(BIN)/pip:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found; install one, or name it:" \
 	  "make PYTHON=/path/to/python3" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV) || { echo "On Debian and Ubuntu this needs the package of the same" \
+	@$(PYTHON) -m venv $(VENV) || { echo "On Debian and Ubuntu this needs the package of the same" \
 	  "Python, for instance python3.11-venv." >&2; exit 1; }
 
 # Editable: a changed source is in effect at once, so only pyproject.toml asks for a new install.
