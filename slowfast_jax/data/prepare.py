@@ -136,9 +136,8 @@ class _Run:
       key = entry.media if entry.media is not None else entry.line
       item = items.setdefault(key, Item(entry.media, entry.kind, []))
       if item.kind != entry.kind:
-        reason = (
-          f"line {item.entries[0].line} calls {entry.media} a {item.kind}, not a {entry.kind}"
-        )
+        before = f"in line {item.entries[0].line} as {item.kind}"
+        reason = f"{entry.media} is annotated as {entry.kind} here, {before}"
         errors.append(_error(self._annotations.name, entry.line, 1, reason))
       else:
         item.entries.append(entry)
@@ -209,22 +208,27 @@ class _Run:
     budget = self._config.error_budget()
     if len(self._errors) <= budget * self._total:
       return
-    last = self._errors[-1]
-    where = f"{self._annotations}:{last['line']}: {last['file']}: {last['reason']}"
     if budget == 0:
-      raise PrepareError(f"{where}; --on-error skip goes past such entries and lists them")
+      raise PrepareError(
+        f"{self._describe_first()}; --on-error skip goes past such entries and lists them"
+      )
     raise PrepareError(
       f"{len(self._errors)} of {self._total} are broken, more than --on-error "
-      f"{self._config.on_error} allows; errors.jsonl lists them, the last is {where}"
+      f"{self._config.on_error} allows; errors.jsonl lists them, the first is "
+      f"{self._describe_first()}"
     )
+
+  def _describe_first(self) -> str:
+    first = min(self._errors, key=lambda error: error["line"])
+    about = "" if first["file"] == self._annotations.name else f"{first['file']}: "
+    return f"{self._annotations}:{first['line']}: {about}{first['reason']}"
 
   def _check_nothing_prepared(self, shards: list[Shard]) -> None:
     if any(shard.conversations for shard in shards):
       return
-    first = min(self._errors, key=lambda error: error["line"])
     raise PrepareError(
-      f"{self._annotations}: none of the {len(self._items)} videos could be prepared from "
-      f"{self._root}; the first, line {first['line']}: {first['file']}: {first['reason']}"
+      f"none of the {len(self._items)} videos could be prepared from {self._root}; the first: "
+      f"{self._describe_first()}"
     )
 
 

@@ -192,6 +192,7 @@ class ShardWriter:
     try:
       self._writer.close()
     except RuntimeError as error:
+      self._temporary.unlink(missing_ok=True)
       if exception_type is None:
         raise self._unwritable(error) from error
     if exception_type is not None:
