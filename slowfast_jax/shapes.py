@@ -7,15 +7,16 @@ N query heads · K kv heads · G N/K · H head size · M mlp width · V vocabula
 """
 
 import dataclasses
+from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 # What a decoder position holds (`Batch.kind`).
 PAD, PROMPT, RESPONSE, FAST = 0, 1, 2, 3
 
-Array = jax.Array | np.ndarray
+# NumPy on the host, JAX on the device, shapes alone where a program is only compiled.
+Array = Any
 
 
 @jax.tree_util.register_dataclass

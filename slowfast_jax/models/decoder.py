@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language model: one pre-norm decoder for Qwen2, Qwen2.5, Qwen3 and Llama.
+
+Layers are stacked along a leading axis. The hybrid parts live in `hybrid.py` and are handed in:
+hybridising is adding adapters to a decoder, not writing another decoder.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from slowfast_jax.models.layers import Embedding, Projection, RMSNorm, layer_of, stack, unstack
+from slowfast_jax.models.rope import LlamaRopeScaling, frequencies, rope_table, rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """Sizes and variants of the language model.
+
+  Attributes:
+    qkv_bias: Qwen2 and Qwen2.5 have biases on q, k and v.
+    qk_norm: Qwen3 normalises every head of q and k before the rotation.
+    rope_scaling: Llama 3.1 and later stretch long wavelengths.
+    tie_embeddings: the output projection is the embedding table.
+  """
+
+  vocab_size: int
+  width: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  mlp_width: int
+  rope_theta: float = 1e6
+  rope_scaling: LlamaRopeScaling | None = None
+  norm_eps: float = 1e-6
+  qkv_bias: bool = True
+  qk_norm: bool = False
+  tie_embeddings: bool = False
+
+  def __post_init__(self):
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        "num_heads must be a multiple of num_kv_heads, "
+        f"got {self.num_heads} and {self.num_kv_heads}."
+      )
+    if self.head_dim % 2:
+      raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}.")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+  """Self-attention keys and values of all layers; slot s holds position s of its row."""
+
+  k: Float[Array, "L B T K H"]
+  v: Float[Array, "L B T K H"]
+
+
+# The hook of a hybrid layer: (rotated q, self-attention output o) -> o plus what was read.
+ReadSlow = Callable[[Array, Array], Array]
+
+
+class SelfAttention(nnx.Module):
+  """Grouped-query attention up to, and from, the heads' outputs; the mixing is handed in."""
+
+  def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
+    D, N, K, H = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    axes = ("embed", "heads", None)
+    bias = cfg.qkv_bias
+    self.q = Projection("...D,DNH->...NH", (D, N, H), axes, bias=bias, rngs=rngs)
+    self.k = Projection("...D,DKH->...KH", (D, K, H), axes, bias=bias, rngs=rngs)
+    self.v = Projection("...D,DKH->...KH", (D, K, H), axes, bias=bias, rngs=rngs)
+    self.out = Projection("...NH,NHD->...D", (N, H, D), ("heads", None, "embed"), rngs=rngs)
+    self.q_norm = RMSNorm(H, eps=cfg.norm_eps, rngs=rngs) if cfg.qk_norm else None
+    self.k_norm = RMSNorm(H, eps=cfg.norm_eps, rngs=rngs) if cfg.qk_norm else None
+
+  def queries_keys_values(self, y: Float[Array, "B T D"], rope):
+    """Rotated queries and keys, and values."""
+    q_BTNH, k_BTKH, v_BTKH = self.q(y), self.k(y), self.v(y)
+    if self.q_norm is not None and self.k_norm is not None:
+      q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+    return rotate(q_BTNH, rope), rotate(k_BTKH, rope), v_BTKH
+
+
+class GatedMLP(nnx.Module):
+  """`down(silu(gate x) * up x)`."""
+
+  def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
+    D, M = cfg.width, cfg.mlp_width
+    self.gate = Projection("...D,DM->...M", (D, M), ("embed", "mlp"), rngs=rngs)
+    self.up = Projection("...D,DM->...M", (D, M), ("embed", "mlp"), rngs=rngs)
+    self.down = Projection("...M,MD->...D", (M, D), ("mlp", "embed"), rngs=rngs)
+
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class DecoderLayer(nnx.Module):
+  """One layer; a hybrid layer is the same layer with a `read_slow` hook."""
+
+  def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
+    self.input_norm = RMSNorm(cfg.width, eps=cfg.norm_eps, rngs=rngs)
+    self.attention = SelfAttention(cfg, rngs=rngs)
+    self.post_norm = RMSNorm(cfg.width, eps=cfg.norm_eps, rngs=rngs)
+    self.mlp = GatedMLP(cfg, rngs=rngs)
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    rope,
+    mask: Bool[Array, "B 1 T L"],
+    cache: tuple[Array, Array] | None = None,
+    slots: Int[Array, "B T"] | None = None,
+    read_slow: ReadSlow | None = None,
+  ):
+    """Returns the layer's output and its keys and values (the updated cache if there is one)."""
+    q_BTNH, k, v = self.attention.queries_keys_values(self.input_norm(x), rope)
+    if cache is not None:
+      rows = jnp.arange(x.shape[0])[:, None]
+      k = cache[0].at[rows, slots].set(k.astype(cache[0].dtype))
+      v = cache[1].at[rows, slots].set(v.astype(cache[1].dtype))
+    o_BTNH = jax.nn.dot_product_attention(q_BTNH, k.astype(x.dtype), v.astype(x.dtype), mask=mask)
+    if read_slow is not None:
+      o_BTNH = read_slow(q_BTNH, o_BTNH)
+    x = x + self.attention.out(o_BTNH)
+    return x + self.mlp(self.post_norm(x)), (k, v)
+
+
+class Decoder(nnx.Module):
+  """Embedding, stacked layers, final norm and output projection."""
+
+  def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
+    self.cfg = cfg
+    self.embed = Embedding(cfg.vocab_size, cfg.width, rngs=rngs)
+    self.layers = stack(lambda r: DecoderLayer(cfg, rngs=r), cfg.num_layers, rngs=rngs)
+    self.norm = RMSNorm(cfg.width, eps=cfg.norm_eps, rngs=rngs)
+    self.head = (
+      None
+      if cfg.tie_embeddings
+      else Projection("...D,DV->...V", (cfg.width, cfg.vocab_size), ("embed", "vocab"), rngs=rngs)
+    )
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    mask: Bool[Array, "B 1 T L"],
+    *,
+    cache: KVCache | None = None,
+    readers: dict[int, ReadSlow] | None = None,
+    remat: bool = False,
+  ) -> tuple[Float[Array, "B T D"], KVCache]:
+    """Runs all layers.
+
+    Args:
+      x: embedded tokens.
+      positions: rotary positions; with a cache also the slots that are written.
+      mask: which key each position sees.
+      cache: keys and values so far; the new ones are written into it.
+      readers: the hook of each hybrid layer.
+      remat: recompute each layer in the backward pass.
+
+    Returns:
+      The last hidden state after the final norm, and every layer's keys and values.
+    """
+    readers = readers or {}
+    freq = frequencies(self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
+    rope = rope_table(positions, freq)
+    collected: list[tuple[Array, Array]] = []
+
+    def run(layer, x, layer_cache, read_slow=None):
+      return layer(x, rope, mask, layer_cache, positions, read_slow)
+
+    wrap = jax.checkpoint if remat else (lambda f: f)
+    for start, stop, hybrid in _runs(self.cfg.num_layers, sorted(readers)):
+      if hybrid:
+        layer = layer_of(self.layers, start)
+        piece = None if cache is None else (cache.k[start], cache.v[start])
+        read_slow = readers[start]
+        x, (k, v) = wrap(lambda x, layer=layer, piece=piece, r=read_slow: run(layer, x, piece, r))(
+          x
+        )
+        collected.append((k[None], v[None]))
+        continue
+      graphdef, states = unstack(self.layers, start, stop)
+      pieces = None if cache is None else (cache.k[start:stop], cache.v[start:stop])
+
+      def body(x, inputs, graphdef=graphdef):
+        state, piece = inputs
+        return run(nnx.merge(graphdef, state), x, piece)
+
+      x, kv = jax.lax.scan(wrap(body), x, (states, pieces))
+      collected.append(kv)
+    k, v = (jnp.concatenate(parts) for parts in zip(*collected))
+    return self.norm(x), KVCache(k, v)
+
+  def logits(self, hidden: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
+    """Float32 scores of the vocabulary."""
+    scores = self.embed.attend(hidden) if self.head is None else self.head(hidden)
+    return scores.astype(jnp.float32)
+
+
+def _runs(num_layers: int, hybrid: list[int]) -> list[tuple[int, int, bool]]:
+  """Layers as (start, stop, is hybrid): each hybrid one alone, the plain ones between together."""
+  runs, start = [], 0
+  for index in [*hybrid, num_layers]:
+    if index > start:
+      runs.append((start, index, False))
+    if index < num_layers:
+      runs.append((index, index + 1, True))
+    start = index + 1
+  return runs
+
+
+def causal_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
+  """Each position sees itself and earlier positions of its own sample."""
+  order = jnp.arange(segments.shape[1])
+  causal = order[:, None] >= order[None, :]
+  same = segments[:, :, None] == segments[:, None, :]
+  return (causal & same & (segments > 0)[:, :, None])[:, None]
+
+
+def cache_mask(positions: Int[Array, "B T"], num_slots: int) -> Bool[Array, "B 1 T L"]:
+  """Each position sees the slots up to its own; later slots hold nothing yet."""
+  return (jnp.arange(num_slots) <= positions[:, :, None])[:, None]

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hybrid part of a decoder layer: text reads all slow tokens through the layer's own query.
+
+Semantics section 4. The adapters of all hybrid layers are one stack, separate from the language
+model's parameters, so any decoder of the family can be given a slow path.
+"""
+
+import dataclasses
+
+import einops
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from slowfast_jax.kernels.cross_attention import cross_attention
+from slowfast_jax.models.decoder import Decoder, DecoderConfig
+from slowfast_jax.models.layers import Projection, RMSNorm, make_param
+
+GATES = ("dynamic", "dynamic-tanh", "dynamic-tanh-warmup")
+QUERY_SETS = ("text-only", "text-only-masksystem", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class HybridConfig:
+  """Which layers read slow tokens, who asks, and how the answer is gated.
+
+  Attributes:
+    every, min_depth, max_depth: hybrid layers are min_depth, min_depth + every, ... < max_depth.
+    gate: one of GATES. The released models use "dynamic-tanh-warmup".
+    queries: which positions ask, one of QUERY_SETS; "all" also changes the warm-up factor.
+  """
+
+  every: int = 8
+  min_depth: int = 0
+  max_depth: int = 28
+  gate: str = "dynamic-tanh-warmup"
+  queries: str = "text-only"
+
+  def __post_init__(self):
+    if self.gate not in GATES:
+      raise ValueError(f"gate must be one of {GATES}, got {self.gate!r}.")
+    if self.queries not in QUERY_SETS:
+      raise ValueError(f"queries must be one of {QUERY_SETS}, got {self.queries!r}.")
+    if self.every < 1 or self.min_depth < 0:
+      raise ValueError(
+        f"every must be >= 1 and min_depth >= 0, got {self.every} and {self.min_depth}."
+      )
+
+  def layers(self, num_layers: int) -> tuple[int, ...]:
+    """Depths of the hybrid layers of a decoder with `num_layers` layers."""
+    return tuple(range(self.min_depth, min(self.max_depth, num_layers), self.every))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlowKV:
+  """Keys and values of the slow tokens at every hybrid layer: computed once a video."""
+
+  k: Float[Array, "A B S K H"]
+  v: Float[Array, "A B S K H"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlowQuery:
+  """Who reads what: querying positions, and the samples of queries and slow tokens."""
+
+  text_index: Int[Array, "B X"]
+  q_segments: Int[Array, "B X"]
+  kv_segments: Int[Array, "B S"]
+
+
+class HybridAdapter(nnx.Module):
+  """Slow keys and values, and the gate, of one hybrid layer."""
+
+  def __init__(self, cfg: HybridConfig, decoder: DecoderConfig, *, rngs: nnx.Rngs):
+    D, N, K, H = decoder.width, decoder.num_heads, decoder.num_kv_heads, decoder.head_dim
+    self.cfg = cfg
+    # Head-major (K, 2, H), as in released checkpoints.
+    self.kv = Projection(
+      "...D,DKcH->...KcH",
+      (D, K, 2, H),
+      ("embed", "heads", None, None),
+      bias=decoder.qkv_bias,
+      rngs=rngs,
+    )
+    self.gate = Projection(
+      "...NH,NHo->...o", (N, H, 1), ("heads", None, None), bias=True, rngs=rngs
+    )
+    self.warm_up = make_param(nnx.initializers.zeros, rngs, (1,), (None,))
+
+  def keys_values(self, slow: Float[Array, "B S D"], norm: RMSNorm):
+    """Keys and values [B, S, K, H] of the slow tokens, through the layer's own input norm."""
+    k, v = einops.rearrange(self.kv(norm(slow)), "B S K c H -> c B S K H")
+    return k, v
+
+  def gate_values(self, o: Float[Array, "B X N H"]) -> Float[Array, "B X 1"]:
+    """How much of the slow path each querying position lets in."""
+    g = self.gate(o)
+    if "tanh" in self.cfg.gate:
+      g = jnp.tanh(g)
+    if "warmup" in self.cfg.gate:
+      alpha = self.warm_up[...].astype(o.dtype)
+      # The "all" variant was trained with the bare scalar (semantics section 4).
+      g = g * (alpha if self.cfg.queries == "all" else jnp.tanh(alpha))
+    return g
+
+  def __call__(
+    self,
+    q: Float[Array, "B T N H"],
+    o: Float[Array, "B T N H"],
+    kv: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]],
+    query: SlowQuery,
+  ) -> Float[Array, "B T N H"]:
+    """`o + g * c` at the querying positions, `o` elsewhere."""
+    index = jnp.maximum(query.text_index, 0)[:, :, None, None]
+    q_BXNH = jnp.take_along_axis(q, index, axis=1)
+    o_BXNH = jnp.take_along_axis(o, index, axis=1)
+    c_BXNH = cross_attention(
+      q_BXNH,
+      *kv,
+      q_segments=query.q_segments,
+      kv_segments=query.kv_segments,
+      return_lse=False,
+    )
+    read = self.gate_values(o_BXNH)[..., None] * c_BXNH
+    # Index T lies outside and is dropped: positions of padding change nothing.
+    target = jnp.where(query.text_index < 0, q.shape[1], query.text_index)
+    rows = jnp.arange(q.shape[0])[:, None]
+    return o.at[rows, target].add(read, mode="drop")
+
+
+def slow_query(
+  text_index: Int[Array, "B X"],
+  segments: Int[Array, "B T"],
+  frame_segments: Int[Array, "B F"],
+  tokens_per_frame: int,
+) -> SlowQuery:
+  """Spells a batch's querying positions and frames out as segments of queries and keys."""
+  of_query = jnp.take_along_axis(segments, jnp.maximum(text_index, 0), axis=1)
+  return SlowQuery(
+    text_index,
+    jnp.where(text_index < 0, 0, of_query),
+    jnp.repeat(frame_segments, tokens_per_frame, axis=1),
+  )
+
+
+def adapters_from_decoder(
+  adapters: HybridAdapter, decoder: Decoder, depths: tuple[int, ...]
+) -> None:
+  """Starts slow keys and values as the language model's own (semantics section 4).
+
+  Head j of the slow keys takes head j of the layer's Wk, head j of the slow values its Wv, so a
+  language model that already understands visual tokens can read slow tokens at once.
+  """
+  index = jnp.array(depths)
+  own = decoder.layers.attention
+  pairs = [(own.k.kernel[...], own.v.kernel[...], adapters.kv.kernel)]
+  if own.k.bias is not None and own.v.bias is not None and adapters.kv.bias is not None:
+    pairs.append((own.k.bias[...], own.v.bias[...], adapters.kv.bias))
+  for k, v, target in pairs:
+    target[...] = jnp.stack([k[index], v[index]], axis=-2)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The few layers that everything is made of: projections, norms, embeddings, stacks of layers.
+
+Every parameter carries the logical names of its axes (`axes`); which mesh axis they land on is
+decided in `sharding.py`. Parameters are float32 by default; compute happens in the dtype of the
+input.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def make_param(
+  init: Callable, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]
+) -> nnx.Param:
+  """A float32 parameter whose axes have logical names, e.g. ("embed", "heads", None)."""
+  if len(shape) != len(axes):
+    raise ValueError(f"A parameter of shape {shape} needs {len(shape)} axis names, got {axes}.")
+  return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+class Projection(nnx.Module):
+  """A linear map written as an einsum, e.g. "...D,DNH->...NH", with an optional bias.
+
+  Axes of the kernel that the equation contracts are inputs; the others are outputs and carry the
+  bias. Kernels start at variance 1 / fan-in.
+  """
+
+  def __init__(
+    self,
+    equation: str,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    bias: bool = False,
+    rngs: nnx.Rngs,
+  ):
+    self.equation = equation
+    operands, out = equation.split("->")
+    letters = operands.split(",")[1]
+    outputs = tuple(i for i, letter in enumerate(letters) if letter in out)
+    inputs = tuple(i for i in range(len(letters)) if i not in outputs)
+    init = nnx.initializers.variance_scaling(
+      1.0, "fan_in", "truncated_normal", in_axis=inputs, out_axis=outputs
+    )
+    self.kernel = make_param(init, rngs, shape, axes)
+    self.bias = (
+      make_param(
+        nnx.initializers.zeros,
+        rngs,
+        tuple(shape[i] for i in outputs),
+        tuple(axes[i] for i in outputs),
+      )
+      if bias
+      else None
+    )
+
+  def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """`w * x / sqrt(mean(x^2) + eps)` over the last axis, statistics in float32."""
+
+  def __init__(self, size: int, *, eps: float, axis: str | None = "norm", rngs: nnx.Rngs):
+    self.eps = eps
+    self.scale = make_param(nnx.initializers.ones, rngs, (size,), (axis,))
+
+  def __call__(self, x: Float[Array, "*L D"]) -> Float[Array, "*L D"]:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+    return (y * self.scale[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+  """Layer norm with scale and bias over the last axis, statistics in float32."""
+
+  def __init__(self, size: int, *, eps: float, rngs: nnx.Rngs):
+    self.eps = eps
+    self.scale = make_param(nnx.initializers.ones, rngs, (size,), ("norm",))
+    self.bias = make_param(nnx.initializers.zeros, rngs, (size,), ("norm",))
+
+  def __call__(self, x: Float[Array, "*L E"]) -> Float[Array, "*L E"]:
+    y = x.astype(jnp.float32)
+    centred = y - jnp.mean(y, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(variance + self.eps)
+    return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+  """Token ids to vectors; `attend` is the tied output projection."""
+
+  def __init__(self, num_embeddings: int, size: int, *, rngs: nnx.Rngs):
+    init = nnx.initializers.normal(size**-0.5)
+    self.embedding = make_param(init, rngs, (num_embeddings, size), ("vocab", "embed"))
+
+  def __call__(self, ids: Int[Array, "*L"], dtype: jnp.dtype) -> Float[Array, "*L D"]:
+    return self.embedding[...].astype(dtype)[ids]
+
+  def attend(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
+    return jnp.einsum("...D,VD->...V", x, self.embedding[...].astype(x.dtype))
+
+
+def stack(make_layer: Callable[[nnx.Rngs], M], count: int, *, rngs: nnx.Rngs) -> M:
+  """`count` layers as one module whose parameters have a leading "layers" axis."""
+
+  def one(key: Array) -> nnx.State:
+    return nnx.state(make_layer(nnx.Rngs(key)))
+
+  layer = nnx.eval_shape(lambda: make_layer(nnx.Rngs(0)))
+  stacked = jax.vmap(one)(jax.random.split(rngs.params(), count))
+  named = jax.tree.map(
+    lambda p: p.replace(axes=("layers", *p.get_metadata()["axes"])),
+    stacked,
+    is_leaf=lambda p: isinstance(p, nnx.Variable),
+  )
+  return nnx.merge(nnx.graphdef(layer), named)
+
+
+def unstack(layers: M, start: int, stop: int) -> tuple[nnx.GraphDef[M], nnx.State]:
+  """Layers start..stop of a stack, as (graphdef, state) for `jax.lax.scan` or `nnx.merge`."""
+  graphdef, state = nnx.split(layers)
+  return graphdef, jax.tree.map(lambda p: p[start:stop], state)
+
+
+def layer_of(layers: M, index: int) -> M:
+  """One layer of a stack."""
+  graphdef, state = nnx.split(layers)
+  return nnx.merge(graphdef, jax.tree.map(lambda p: p[index], state))

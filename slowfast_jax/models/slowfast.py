@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole model: frames to slow tokens, slow to fast, and a decoder whose text reads slow tokens.
+
+Without hybrid layers (`hybrid=None`) the same class is the self-attention baseline: it sees the
+fast tokens and nothing else.
+"""
+
+import dataclasses
+
+import einops
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from slowfast_jax.models.compressor import compress, spatial_pool
+from slowfast_jax.models.decoder import (
+  Decoder,
+  DecoderConfig,
+  KVCache,
+  ReadSlow,
+  cache_mask,
+  causal_mask,
+)
+from slowfast_jax.models.hybrid import HybridAdapter, HybridConfig, SlowKV, SlowQuery, slow_query
+from slowfast_jax.models.layers import layer_of, stack
+from slowfast_jax.models.projector import Projector
+from slowfast_jax.models.vit import ViT, ViTConfig
+from slowfast_jax.shapes import FAST, Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressorConfig:
+  """Slow to fast tokens (semantics section 2).
+
+  Attributes:
+    video_pooling_stride: average pooling of every video frame's grid before anything else.
+    sampling_stride: keep every n-th frame.
+    temporal_stride: average this many kept frames.
+    spatial_stride: average pooling of the fast frames' grid.
+    min_fast_frames: the two temporal strides leave at least this many.
+  """
+
+  video_pooling_stride: int = 1
+  sampling_stride: int = 1
+  temporal_stride: int = 4
+  spatial_stride: int = 1
+  min_fast_frames: int = 16
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      if getattr(self, field.name) < 1:
+        raise ValueError(f"{field.name} must be at least 1, got {getattr(self, field.name)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class SlowFastConfig:
+  """The parts of a slow-fast model; `hybrid=None` is the fast-only baseline."""
+
+  vision: ViTConfig
+  decoder: DecoderConfig
+  compressor: CompressorConfig
+  hybrid: HybridConfig | None
+  projector: str = "mlp2x_gelu"
+
+  @property
+  def hybrid_layers(self) -> tuple[int, ...]:
+    return () if self.hybrid is None else self.hybrid.layers(self.decoder.num_layers)
+
+
+def make_adapters(hybrid: HybridConfig, decoder: DecoderConfig, *, rngs: nnx.Rngs) -> HybridAdapter:
+  """The adapters of all hybrid layers, as one stack."""
+  count = len(hybrid.layers(decoder.num_layers))
+  return stack(lambda r: HybridAdapter(hybrid, decoder, rngs=r), count, rngs=rngs)
+
+
+class SlowFast(nnx.Module):
+  """A video language model with few fast tokens in its sequence and all slow tokens beside it."""
+
+  def __init__(self, cfg: SlowFastConfig, *, rngs: nnx.Rngs):
+    self.cfg = cfg
+    self.vision = ViT(cfg.vision, rngs=rngs)
+    self.projector = Projector(cfg.projector, cfg.vision.width, cfg.decoder.width, rngs=rngs)
+    self.decoder = Decoder(cfg.decoder, rngs=rngs)
+    self.adapters = (
+      make_adapters(cfg.hybrid, cfg.decoder, rngs=rngs)
+      if cfg.hybrid is not None and cfg.hybrid_layers
+      else None
+    )
+
+  def encode(self, frames: UInt8[Array, "B F h w C"], dtype: jnp.dtype) -> Float[Array, "B F P D"]:
+    """Slow tokens of uint8 frames: normalise, encode, project, and pool if it is a video."""
+    vision = self.cfg.vision
+    mean, std = jnp.array(vision.pixel_mean), jnp.array(vision.pixel_std)
+    pixels = (frames.astype(jnp.float32) / 255.0 - mean) / std
+    return self.encode_pixels(pixels.astype(dtype))
+
+  def encode_pixels(self, pixels: Float[Array, "B F h w C"]) -> Float[Array, "B F P D"]:
+    """Slow tokens of normalised frames."""
+    B, F = pixels.shape[:2]
+    tokens = self.projector(self.vision(einops.rearrange(pixels, "B F h w C -> (B F) h w C")))
+    slow = einops.rearrange(tokens, "(B F) P D -> B F P D", B=B)
+    return spatial_pool(slow, self.cfg.compressor.video_pooling_stride) if F > 1 else slow
+
+  def embed(
+    self,
+    tokens: Int[Array, "B T"],
+    kind: Int[Array, "B T"],
+    fast: Float[Array, "B Q p D"],
+  ) -> Float[Array, "B T D"]:
+    """Text embeddings with the row's fast tokens, in order, at its FAST positions."""
+    text = self.decoder.embed(tokens, fast.dtype)
+    flat = einops.rearrange(fast, "B Q p D -> B (Q p) D")
+    rank = jnp.clip(jnp.cumsum(kind == FAST, axis=1) - 1, 0, flat.shape[1] - 1)
+    spliced = jnp.take_along_axis(flat, rank[:, :, None], axis=1)
+    return jnp.where((kind == FAST)[:, :, None], spliced, text)
+
+  def slow_kv(self, slow: Float[Array, "B F P D"]) -> SlowKV | None:
+    """Keys and values of the slow tokens at every hybrid layer."""
+    if self.adapters is None:
+      return None
+    flat = einops.rearrange(slow, "B F P D -> B (F P) D")
+    pairs = [
+      layer_of(self.adapters, i).keys_values(flat, layer_of(self.decoder.layers, depth).input_norm)
+      for i, depth in enumerate(self.cfg.hybrid_layers)
+    ]
+    return SlowKV(*(jnp.stack(part) for part in zip(*pairs)))
+
+  def readers(self, kv: SlowKV | None, query: SlowQuery | None) -> dict[int, ReadSlow]:
+    """The hook of each hybrid layer."""
+    adapters = self.adapters
+    if adapters is None or kv is None or query is None:
+      return {}
+
+    def reader(i: int) -> ReadSlow:
+      adapter = layer_of(adapters, i)
+      return lambda q, o: adapter(q, o, (kv.k[i], kv.v[i]), query)
+
+    return {depth: reader(i) for i, depth in enumerate(self.cfg.hybrid_layers)}
+
+  def __call__(
+    self, batch: Batch, *, dtype: jnp.dtype = jnp.float32, remat: bool = False
+  ) -> Float[Array, "B T D"]:
+    """Last hidden states of a batch, as training sees them."""
+    return self.forward(batch, self.encode(batch.frames, dtype), remat=remat)
+
+  def forward(
+    self, batch: Batch, slow: Float[Array, "B F P D"], *, remat: bool = False
+  ) -> Float[Array, "B T D"]:
+    """Last hidden states, given the slow tokens."""
+    fast = compress(slow, batch.pooling, self.cfg.compressor.spatial_stride)
+    x = self.embed(batch.tokens, batch.kind, fast)
+    query = self.query(batch, slow.shape[2])
+    readers = self.readers(self.slow_kv(slow), query)
+    mask = causal_mask(batch.segments)
+    hidden, _ = self.decoder(x, batch.positions, mask, readers=readers, remat=remat)
+    return hidden
+
+  def query(self, batch: Batch, tokens_per_frame: int) -> SlowQuery:
+    """Who of a batch reads which slow tokens."""
+    return slow_query(batch.text_index, batch.segments, batch.frame_segments, tokens_per_frame)
+
+  def cached_step(
+    self,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    cache: KVCache,
+    kv: SlowKV | None,
+    query: SlowQuery | None,
+  ) -> tuple[Float[Array, "B T D"], KVCache]:
+    """Prefill or decode: positions write their cache slots and see all earlier ones."""
+    mask = cache_mask(positions, cache.k.shape[2])
+    return self.decoder(x, positions, mask, cache=cache, readers=self.readers(kv, query))
+
+  def empty_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> KVCache:
+    """A cache of zeros for `length` positions."""
+    cfg = self.cfg.decoder
+    shape = (cfg.num_layers, batch_size, length, cfg.num_kv_heads, cfg.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

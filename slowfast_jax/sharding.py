@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mesh, and the one table that says which mesh axis each logical axis lands on.
+
+Model code names axes ("embed", "heads", "batch"); nothing there knows the mesh.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from slowfast_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+# Logical axis -> mesh axes. A name that is absent is replicated.
+RULES: Mapping[str, str | tuple[str, ...]] = {
+  "batch": ("data", "fsdp"),
+  "embed": "fsdp",
+  "heads": "tensor",
+  "mlp": "tensor",
+  "vocab": "tensor",
+}
+
+
+def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
+  """A mesh over all devices; one axis may be -1 and takes what is left.
+
+  Raises:
+    UserError: an unknown axis, or sizes that do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  unknown = set(sizes) - set(MESH_AXES)
+  if unknown:
+    raise UserError(f"mesh: unknown axes {sorted(unknown)}; choose from {MESH_AXES}.")
+  shape = [sizes.get(axis, 1) for axis in MESH_AXES]
+  known = math.prod(size for size in shape if size != -1)
+  if shape.count(-1) == 1 and len(devices) % known == 0:
+    shape[shape.index(-1)] = len(devices) // known
+  if -1 in shape or math.prod(shape) != len(devices):
+    raise UserError(
+      f"mesh: {dict(zip(MESH_AXES, shape))} does not multiply to {len(devices)} devices; "
+      f"for instance mesh.data={len(devices)} with every other axis 1 does."
+    )
+  auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+  return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=auto, devices=devices)
+
+
+def spec_of(axes: tuple[str | None, ...]) -> PartitionSpec:
+  """Logical axis names as a partition spec."""
+  return PartitionSpec(*(None if name is None else RULES.get(name) for name in axes))
+
+
+def _fits(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+  """Drops mesh axes that do not divide their array axis: those stay replicated."""
+
+  def size(entry: Any) -> int:
+    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    return math.prod(mesh.shape[name] for name in names)
+
+  return PartitionSpec(*(e if n % size(e) == 0 else None for e, n in zip(spec, shape)))
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+  """Where each leaf of a state lives: parameters by their logical axes, all else replicated.
+
+  Optimiser moments have the same Variables as the parameters and so land beside them.
+  """
+
+  def of(leaf: Any) -> Any:
+    if not isinstance(leaf, nnx.Variable):
+      return NamedSharding(mesh, PartitionSpec())
+    axes = leaf.get_metadata().get("axes", ())
+    spec = _fits(spec_of(axes), leaf[...].shape, mesh)
+    return leaf.replace(NamedSharding(mesh, spec))
+
+  return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def sharded_init(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
+  """Runs `init(*args)` with every leaf created directly on its own devices."""
+  shardings = state_shardings(jax.eval_shape(init, *args), mesh)
+  return jax.jit(init, out_shardings=shardings)(*args)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows of a batch over the data and fsdp axes."""
+  return NamedSharding(mesh, spec_of(("batch",)))
