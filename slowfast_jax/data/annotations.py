@@ -40,7 +40,7 @@ class Annotation:
   """One conversation about one video, one still image or nothing but text.
 
   Attributes:
-    id: as annotated, else the media path and the line.
+    id: as annotated, else the media path and the number of the entry.
     media: path below the media folder, normalised, with forward slashes; None for text.
     kind: "video", "image" or "text".
     conversations: the turns {"from", "value"} of this entry's conversation, as LLaVA names them.
@@ -85,22 +85,23 @@ def scan_annotations(path: str | os.PathLike) -> Iterator[Annotation | Annotatio
     AnnotationError: where the file cannot be read on: not UTF-8, or broken JSON inside a list.
   """
   text = _read_text(path)
-  values = _list_values if text.lstrip(" \t\r\n").startswith("[") else _line_values
+  is_list = text.lstrip(" \t\r\n").startswith("[")
+  values = (_list_values if is_list else _line_values)(path, text)
   first_by_id: dict[str, Annotation] = {}
-  empty = True
-  for line, value in values(path, text):
-    empty = False
+  number = 0
+  for number, (line, value) in enumerate(values, start=1):
     if isinstance(value, AnnotationError):
       yield value
       continue
     try:
-      entry = _parse_entry(value, line)
+      entry = _parse_entry(value, line, number)
       _check_id(entry, first_by_id)
     except _EntryError as error:
-      yield AnnotationError(path, line, str(error))
+      # Lists are often written as one endless line, which says little about the place.
+      yield AnnotationError(path, line, f"entry {number}: {error}" if is_list else str(error))
     else:
       yield entry
-  if empty:
+  if not number:
     raise AnnotationError(path, 1, "the file has no entries")
 
 
@@ -193,7 +194,7 @@ _DECODER = json.JSONDecoder(
 )
 
 
-def _parse_entry(value: Any, line: int) -> Annotation:
+def _parse_entry(value: Any, line: int, number: int) -> Annotation:
   if not isinstance(value, dict):
     raise _EntryError(f"expected an object with conversations, got {_show(value)}")
   try:
@@ -204,7 +205,7 @@ def _parse_entry(value: Any, line: int) -> Annotation:
   turns = _parse_turns(value)
   identity = value.get("id")
   if identity is None:
-    identity = f"{media or 'text'}:{line}"
+    identity = f"{media or 'text'}:{number}"
   elif isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
     raise _EntryError(f'"id" must be a text or an integer, got {_show(identity)}')
   extra = {name: field for name, field in value.items() if name not in _OWN_FIELDS}

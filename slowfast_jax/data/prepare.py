@@ -133,7 +133,7 @@ class _Run:
       if isinstance(entry, AnnotationError):
         errors.append(_error(self._annotations.name, entry.line, 1, entry.reason))
         continue
-      key = entry.media if entry.media is not None else entry.line
+      key = entry.media if entry.media is not None else len(items)
       item = items.setdefault(key, Item(entry.media, entry.kind, []))
       if item.kind != entry.kind:
         before = f"in line {item.entries[0].line} as {item.kind}"
@@ -161,7 +161,7 @@ class _Run:
   def _make_shards(self, folder: OutputFolder) -> tuple[list[Shard], int]:
     shards = {i: folder.finished(i) for i in range(self._num_shards)}
     pending = [i for i, shard in shards.items() if shard is None]
-    done = sum(len(self._items_of(i)) for i in shards if i not in pending)
+    done = len(self._items) - sum(len(self._items_of(i)) for i in pending)
     for shard in shards.values():
       self._errors += shard.errors if shard else []
     self._check_errors()

@@ -70,6 +70,14 @@ def test_ids_may_be_numbers_or_missing(tmp_path):
   assert [item.id for item in read_annotations(write(tmp_path, text))] == ["7", "b.mp4:2"]
 
 
+def test_a_list_on_one_line_tells_its_entries_apart(tmp_path):
+  entries = [{"conversations": TURNS}, {"conversations": TURNS}, {}]
+  *texts, problem = scan_annotations(write(tmp_path, json.dumps(entries)))
+  assert [item.id for item in texts] == ["text:1", "text:2"]
+  assert problem.line == 1
+  assert problem.reason.startswith("entry 3: no field")
+
+
 def test_paths_are_normalised(tmp_path):
   (item,) = read_annotations(write(tmp_path, json.dumps(entry(video="./a//b/./c.mp4"))))
   assert item.media == "a/b/c.mp4"

@@ -126,6 +126,14 @@ def test_entries_of_one_video_are_one_record(clips, tmp_path):
   assert (source[2].id, source[2].source, source[2].frames) == ("t", "", [])
 
 
+def test_each_text_is_a_record(clips, tmp_path):
+  file = tmp_path / "one_line.json"
+  file.write_text(json.dumps([{"conversations": talk("a")}, {"conversations": talk("b")}]))
+  prepare(clips[0], file, tmp_path / "records", config(workers=1, shards=1))
+  texts = [record.conversations for record in RecordSource(tmp_path / "records")]
+  assert texts == [[talk("a")], [talk("b")]]
+
+
 def test_still_images_are_padded(tmp_path):
   pixels = np.full((20, 40, 3), 200, np.uint8)
   Image.fromarray(pixels).save(tmp_path / "a.png")
