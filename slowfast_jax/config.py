@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads an experiment: a Python file with `get_config()`, changed by `--config.a.b=v`, then locked.
 
+`FILE:ARG` calls `get_config(ARG)`: one file can hold the stages of one experiment.
 The type of a field is the type of the value that the file gives it, so an override can change a
 number but never turn it into something else, and a misspelt name is an error, not a new field.
 """
 
 import ast
 import difflib
+import inspect
 import runpy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +26,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collectio
   """Reads the config file, applies the overrides in order, and locks the result.
 
   Args:
-    path: a file; `configs/NAME.py` also finds the configs that the package ships.
+    path: a file, or `FILE:ARG`; `configs/NAME.py` also finds the configs that the package ships.
     overrides: words of the command line, `--config.SECTION.FIELD=VALUE`.
 
   Raises:
     UserError: there is no such config, or the file does not define one.
     UsageError: an override names no field or its value has the wrong type.
   """
-  file = find_config(path)
+  name, colon, argument = _split(path)
+  file = find_config(name)
   try:
     get_config = runpy.run_path(str(file)).get("get_config")
   except SyntaxError as error:
     raise UserError(f"{error.filename}:{error.lineno}: not valid Python: {error.msg}.") from error
   if not callable(get_config):
     raise UserError(f"{file}: expected a function get_config() that returns a ConfigDict.")
-  config = get_config()
+  config = _call(get_config, [argument] if colon else [], file)
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(
       f"{file}: get_config() must return an ml_collections.ConfigDict, got {type(config).__name__}."
@@ -47,6 +50,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collectio
     _apply(config, override)
   # Only now: a field that is computed from another one must see what an override made of it.
   return config.copy_and_resolve_references().lock()
+
+
+def _split(path: str | Path) -> tuple[str, str, str]:
+  name, extension, rest = str(path).partition(".py")
+  if rest[:1] != ":":
+    return str(path), "", ""
+  return name + extension, ":", rest[1:]
+
+
+def _call(get_config: Callable[..., Any], arguments: list[str], file: Path) -> Any:
+  try:
+    inspect.signature(get_config).bind(*arguments)
+  except TypeError as error:
+    given = f"the argument {arguments[0]!r}" if arguments else "no argument"
+    raise UsageError(f"{file}: get_config() does not fit {given} ({error}).") from error
+  return get_config(*arguments)
 
 
 def find_config(path: str | Path) -> Path:

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's model: flashes between the frames that the fast tokens keep.
+
+  slowfast train --config=configs/demo.py --workdir=runs/mine \\
+    --config.data.records=runs/mine/records --config.data.tokenizer=runs/demo/tokenizer
+
+`configs/demo.py:STAGE` is another stage: pretrain (still images, before there is any video),
+slow_fast (the default) or fast_only (the same budget without the slow path).
+"""
+
+import ml_collections
+
+from slowfast_jax.errors import UsageError
+
+STAGES = ("pretrain", "slow_fast", "fast_only")
+
+
+def get_config(stage: str = "slow_fast") -> ml_collections.ConfigDict:
+  if stage not in STAGES:
+    raise UsageError(f"configs/demo.py:{stage}: no such stage; choose from {STAGES}.")
+  stills = stage == "pretrain"
+  c = ml_collections.ConfigDict()
+  c.seed = 0
+  c.system = "You are a helpful assistant."
+
+  c.model = ml_collections.ConfigDict()
+  c.model.preset = "demo"
+  c.model.slow = stage == "slow_fast"  # False: no hybrid layers, the fast tokens alone.
+  c.model.vision = ml_collections.ConfigDict()  # Fields of the preset that differ, as in the rest.
+  c.model.decoder = ml_collections.ConfigDict()
+  c.model.compressor = ml_collections.ConfigDict()
+  c.model.hybrid = ml_collections.ConfigDict()
+
+  c.video = ml_collections.ConfigDict()
+  c.video.sampler = "uniform"
+  c.video.target_fps = 2.0
+  c.video.policy = "siglip"
+
+  c.data = ml_collections.ConfigDict()
+  c.data.records = "runs/demo/stills" if stills else "runs/demo/records"
+  c.data.tokenizer = "runs/demo/tokenizer"
+  c.data.batch_size = 64 if stills else 16
+  c.data.num_frames = 1 if stills else 32
+  c.data.decoder_length = 112 if stills else 160  # 16 fast tokens a frame, and the text.
+  c.data.text_bound = 96
+  c.data.targets = "assistant"
+  c.data.read_threads = 2
+
+  c.optimizer = ml_collections.ConfigDict()
+  c.optimizer.learning_rate = 1e-3
+  c.optimizer.warmup_steps = 50
+  c.optimizer.final_fraction = 0.1
+  c.optimizer.weight_decay = 0.01
+  c.optimizer.b1 = 0.9
+  c.optimizer.b2 = 0.98
+  c.optimizer.max_grad_norm = 1.0
+  c.optimizer.groups = ()  # ((regex of parameter paths, factor of the learning rate), ...)
+
+  c.train = ml_collections.ConfigDict()
+  c.train.steps = 600
+  c.train.dtype = "float32"
+  c.train.remat = False
+  c.train.log_every = 10
+  c.train.checkpoint_every = 200
+  c.train.keep = 1
+  c.train.init_from = ""  # An export to start from; what it lacks of the slow path is added.
+
+  c.mesh = ml_collections.ConfigDict()
+  c.mesh.data = -1  # All devices that the other axes leave.
+  c.mesh.fsdp = 1
+  c.mesh.context = 1
+  c.mesh.tensor = 1
+  return c

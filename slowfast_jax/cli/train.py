@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`slowfast train`: trains what a config file describes."""
+
+import argparse
+
+import jax
+
+from slowfast_jax.cli.progress import Progress
+from slowfast_jax.config import load_config
+from slowfast_jax.train.loop import PREEMPTED, train
+
+HELP = "train a model; the same command again resumes"
+ACCEPTS_OVERRIDES = True
+
+EXAMPLES = """examples:
+  slowfast train --config=configs/demo.py --workdir=runs/mine
+  slowfast train --config=configs/demo.py:fast_only --workdir=runs/fast \\
+      --config.data.records=records/train --config.optimizer.learning_rate=3e-4
+
+The same command again resumes from the newest checkpoint in WORKDIR/checkpoints. After SIGTERM the
+run saves and exits with 42. WORKDIR/metrics.jsonl has the metrics, WORKDIR/export the trained
+model, for `slowfast eval` and `slowfast chat`.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    "--config",
+    required=True,
+    metavar="FILE[:ARG]",
+    help="a Python file with get_config(); ARG goes to it. Fields: --config.SECTION.FIELD=VALUE",
+  )
+  parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+
+
+def run(args: argparse.Namespace) -> int:
+  config = load_config(args.config, args.overrides)
+  with Progress("Training", "steps", enabled=jax.process_index() == 0) as progress:
+    code = train(config, args.workdir, progress, progress.say)
+  if code == PREEMPTED:
+    print("stopped by SIGTERM and saved; the same command goes on")
+  return code

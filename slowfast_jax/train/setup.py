@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training config stands for: model, mesh, data, optimiser, and the state it starts from.
+
+Everything that a config can get wrong is found here, before anything is compiled.
+"""
+
+import dataclasses
+import hashlib
+import math
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from slowfast_jax.checkpoints.store import (
+  Export,
+  VideoConfig,
+  abstract_state,
+  flatten,
+  load_export,
+  unflatten,
+)
+from slowfast_jax.data.packing import Geometry
+from slowfast_jax.data.pipeline import TrainPipeline
+from slowfast_jax.data.records import RecordSource
+from slowfast_jax.data.tokenizer import Tokenizer
+from slowfast_jax.errors import UserError
+from slowfast_jax.models.hybrid import adapters_from_decoder
+from slowfast_jax.models.presets import build_config
+from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig
+from slowfast_jax.shapes import Batch
+from slowfast_jax.sharding import batch_sharding, make_mesh
+from slowfast_jax.train.optimizer import OptimizerConfig, make_optimizer
+from slowfast_jax.train.step import TrainState, graphdef_of, init_state
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """The parts of a run.
+
+  Attributes:
+    config: what the parts were made of.
+    model: sizes and variants of the model.
+    mesh: all devices.
+    tokenizer: the tokenizer of the text.
+    pipeline: this process's rows of the batches.
+    optimizer_config: the numbers of the optimiser.
+    optimizer: made of them.
+    fingerprint: tells whether data are the same, wherever they lie.
+  """
+
+  config: ml_collections.ConfigDict
+  model: SlowFastConfig
+  mesh: Mesh
+  tokenizer: Tokenizer
+  pipeline: TrainPipeline
+  optimizer_config: OptimizerConfig
+  optimizer: optax.GradientTransformation
+  fingerprint: dict[str, Any]
+
+  def init(self, key: jax.Array) -> TrainState:
+    """A fresh state; to be run under jit."""
+    return init_state(self.model, self.optimizer, key)
+
+  def abstract_state(self) -> TrainState:
+    """The state's shapes and its place on the mesh."""
+    return abstract_state(self.init, self.mesh, jax.random.key(0))
+
+  def export(self, params: nnx.State) -> Export:
+    c = self.config
+    video = VideoConfig(c.data.num_frames, c.video.sampler, c.video.target_fps, c.video.policy)
+    return Export(self.model, params, self.tokenizer, video, c.system)
+
+
+def open_setup(config: ml_collections.ConfigDict) -> Setup:
+  """Opens what the config names and checks that its parts fit each other.
+
+  Raises:
+    UserError: something does not exist or does not fit; names the field to change.
+  """
+  c = config
+  if c.train.dtype not in DTYPES:
+    raise UserError(f"train.dtype must be one of {DTYPES}, got {c.train.dtype!r}.")
+  for field in ("steps", "log_every", "checkpoint_every"):
+    if c.train[field] < 1:
+      raise UserError(f"train.{field} must be at least 1, got {c.train[field]}.")
+  mesh = make_mesh(c.mesh.to_dict())
+  model = model_config(c.model)
+  geometry = geometry_of(model, c.data)
+  tokenizer = _open_tokenizer(c, model)
+  source = RecordSource(_required(c.data.records, "data.records", "a folder of records"))
+  index, count = local_rows(mesh, c.data.batch_size)
+  pipeline = TrainPipeline(
+    source,
+    tokenizer,
+    geometry,
+    c.data.batch_size,
+    c.seed,
+    process_index=index,
+    process_count=count,
+    read_threads=c.data.read_threads,
+    system=c.system,
+    targets=c.data.targets,
+  )
+  optimizer_cfg = optimizer_config(c)
+  optimizer = make_optimizer(optimizer_cfg)
+  fingerprint = {
+    "records": len(source),
+    "samples": len(source.index),
+    "bytes": source.num_bytes,
+    "tokenizer": _digest(tokenizer),
+  }
+  return Setup(c, model, mesh, tokenizer, pipeline, optimizer_cfg, optimizer, fingerprint)
+
+
+def model_config(c: ml_collections.ConfigDict) -> SlowFastConfig:
+  """The preset with the config's changes; without `slow` the model has the fast tokens alone."""
+  changes: dict[str, Any] = {
+    part: c[part].to_dict() for part in ("vision", "decoder", "compressor")
+  }
+  changes["hybrid"] = c.hybrid.to_dict() if c.slow else None
+  return build_config(c.preset, changes)
+
+
+def geometry_of(model: SlowFastConfig, data: Mapping[str, Any]) -> Geometry:
+  """Static shapes of the rows that this model is trained on.
+
+  Raises:
+    UserError: the bounds leave no room, or the strides do not fit the frames' token grid.
+  """
+  vision, compressor = model.vision, model.compressor
+  # As SlowFast.encode does: only videos are pooled before the compressor.
+  pooled = compressor.video_pooling_stride if data["num_frames"] > 1 else 1
+  side = vision.side // pooled // compressor.spatial_stride
+  if side < 1:
+    raise UserError(
+      f"model.compressor: strides {pooled} and {compressor.spatial_stride} leave nothing of "
+      f"{vision.side} x {vision.side} tokens of a frame."
+    )
+  geometry = Geometry(
+    num_frames=data["num_frames"],
+    decoder_length=data["decoder_length"],
+    text_bound=data["text_bound"],
+    image_size=(vision.image_size, vision.image_size),
+    tokens_per_frame=side**2,
+    sampling_stride=compressor.sampling_stride,
+    temporal_stride=compressor.temporal_stride,
+    min_fast_frames=compressor.min_fast_frames,
+    query_set="text-only" if model.hybrid is None else model.hybrid.queries,
+  )
+  fast = geometry.num_fast_tokens(geometry.num_frames)
+  if fast >= geometry.decoder_length:
+    raise UserError(
+      f"data.decoder_length is {geometry.decoder_length}, and the {fast} fast tokens of "
+      f"{geometry.num_frames} frames leave no room in it for text; raise it, or compress more."
+    )
+  return geometry
+
+
+def optimizer_config(c: ml_collections.ConfigDict) -> OptimizerConfig:
+  fields = c.optimizer.to_dict()
+  known = {field.name for field in dataclasses.fields(OptimizerConfig)} - {"total_steps"}
+  if unknown := sorted(set(fields) - known):
+    raise UserError(f"optimizer.{unknown[0]}: no such field; optimizer has {sorted(known)}.")
+  groups = tuple((str(pattern), float(factor)) for pattern, factor in fields.pop("groups", ()))
+  return OptimizerConfig(total_steps=c.train.steps, groups=groups, **fields)
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+  """Which slice of a batch's rows this process's devices hold: (index, number of slices)."""
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  if batch_size % parts:
+    raise UserError(
+      f"data.batch_size must be a multiple of mesh.data x mesh.fsdp = {parts}, got {batch_size}."
+    )
+  places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+  spans = {index[0].indices(batch_size)[:2] for index in places if index is not None}
+  start, stop = min(s for s, _ in spans), max(s for _, s in spans)
+  if sum(b - a for a, b in spans) != stop - start:
+    raise UserError("mesh: the rows of a process do not lie together; change the axes' sizes.")
+  return start // (stop - start), batch_size // (stop - start)
+
+
+def place_batch(batch: Batch, mesh: Mesh) -> Batch:
+  """This process's rows, as part of the global batch on the devices."""
+  sharding = batch_sharding(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def check_batch(batch: Batch, pipeline: TrainPipeline) -> None:
+  """A first batch without a single target shows that config and records do not fit.
+
+  Raises:
+    UserError: with the reason why its first sample could not be used, if there is one.
+  """
+  if np.any(batch.loss_weights > 0):
+    return
+  if pipeline.failures:
+    failure = pipeline.failures[0]
+    raise UserError(
+      f"No sample of the first batch can be used; record {failure.record} ({failure.id}): "
+      f"{failure.reason}"
+    )
+  raise UserError(
+    "No sample of the first batch has anything to learn: its answers lie behind "
+    f"data.decoder_length = {batch.tokens.shape[1]}; raise it."
+  )
+
+
+def initial_state(setup: Setup) -> TrainState:
+  """The state of step 0: from `train.init_from`, or random."""
+  key = jax.random.key(setup.config.seed)
+  abstract = setup.abstract_state()
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  folder = setup.config.train.init_from
+  if not folder:
+    return jax.jit(setup.init, out_shardings=shardings)(key)
+  export = load_export(folder, setup.mesh)
+  given = flatten(export.params)
+  _check_fits(folder, given, flatten(abstract.params))
+
+  def init(given: dict[str, jax.Array], key: jax.Array) -> TrainState:
+    state = setup.init(key)  # What is replaced below is never computed: XLA drops it.
+    fresh = flatten(state.params)
+    params = unflatten(state.params, {name: given.get(name, fresh[name]) for name in fresh})
+    if export.model.hybrid is None and setup.model.hybrid_layers:
+      params = _start_adapters(setup.model, params)
+    return dataclasses.replace(state, params=params)
+
+  # Donated: the parameters are never there twice.
+  return jax.jit(init, out_shardings=shardings, donate_argnums=0)(given, key)
+
+
+def _start_adapters(model: SlowFastConfig, params: nnx.State) -> nnx.State:
+  merged: SlowFast = nnx.merge(graphdef_of(model), params)
+  assert merged.adapters is not None
+  adapters_from_decoder(merged.adapters, merged.decoder, model.hybrid_layers)
+  return nnx.state(merged)
+
+
+def _check_fits(folder: str, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+  """All but the hybrid parts must come from the export, in the shape that this model has."""
+  partly = any(name.startswith("adapters.") for name in given)
+  missing = [n for n in wanted if n not in given and (partly or not n.startswith("adapters."))]
+  if missing:
+    raise UserError(f"train.init_from={folder}: it has no {missing[0]}; the models differ.")
+  for name in wanted:
+    if name in given and given[name].shape != wanted[name].shape:
+      raise UserError(
+        f"train.init_from={folder}: {name} has shape {given[name].shape} and this model needs "
+        f"{wanted[name].shape}; make the fields of `model` the same."
+      )
+
+
+def num_params(abstract: Any) -> int:
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
+
+
+def _open_tokenizer(c: ml_collections.ConfigDict, model: SlowFastConfig) -> Tokenizer:
+  folder = _required(c.data.tokenizer, "data.tokenizer", "a folder with tokenizer.json")
+  tokenizer = Tokenizer.from_dir(folder)
+  if tokenizer.vocab_size > model.decoder.vocab_size:
+    raise UserError(
+      f"model.decoder.vocab_size is {model.decoder.vocab_size}, and the tokenizer {folder} has "
+      f"{tokenizer.vocab_size} ids; raise it to at least that."
+    )
+  return tokenizer
+
+
+def _required(value: str, field: str, what: str) -> str:
+  if not value:
+    raise UserError(f"{field} is empty; give {what}: --config.{field}=DIR")
+  return value
+
+
+def _digest(tokenizer: Tokenizer) -> str:
+  with tempfile.TemporaryDirectory() as folder:
+    tokenizer.save(folder)
+    return hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()
