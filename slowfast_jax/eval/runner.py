@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a task on a checkpoint: read videos ahead, ask in batches, write every answer down.
+
+All questions of a video share its encoding, and batches mix videos. A video that cannot be read is
+an error of its questions, which count as wrong and are counted apart.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import logging
+
+from slowfast_jax.checkpoints.store import Export, load_export
+from slowfast_jax.errors import UserError
+from slowfast_jax.eval.results import RESULTS, PredictionsFile, write_json
+from slowfast_jax.eval.tasks import Doc, Prediction, Task, get_task
+from slowfast_jax.generate.engine import Engine, VideoSession
+from slowfast_jax.generate.video import ModelFrames, read_video
+from slowfast_jax.sharding import make_mesh
+
+# (done, total, errors), the first call with what was done before.
+Progress = Callable[[int, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Question:
+  """A question that is still to be asked."""
+
+  id: str
+  doc: Doc
+  video: str
+
+
+def evaluate(
+  config: ml_collections.ConfigDict,
+  checkpoint: str | os.PathLike,
+  workdir: str | os.PathLike,
+  progress: Progress | None = None,
+) -> dict[str, Any]:
+  """Asks every question that WORKDIR has no answer to, and scores them all.
+
+  Args:
+    config: see configs/eval_jsonl.py.
+    checkpoint: an export.
+    workdir: gets predictions.jsonl and results.json; the same call again resumes.
+    progress: is told how many questions are done.
+
+  Returns:
+    The content of results.json: `{task: {"accuracy": ..., "n": ..., "errors": ...}}`.
+
+  Raises:
+    UserError: the questions, the checkpoint or the folder cannot be used, or no video can be read.
+  """
+  task = get_task(config.task, config.prompt_set or None)
+  docs = task.docs(config.questions)
+  if not Path(config.videos).is_dir():
+    raise UserError(f"videos = {config.videos!r}: there is no such folder.")
+  folder = Path(workdir)
+  questions = [_Question(task.doc_id(doc), doc, task.video(doc)) for doc in docs]
+  run = _describe(config, task, questions, checkpoint)
+  report = progress or (lambda done, total, errors: None)
+  with PredictionsFile(folder, run, config.retry_errors) as predictions:
+    todo = [question for question in questions if question.id not in predictions.done]
+    _tell(report, predictions, len(questions))
+    if todo:
+      _Asker(config, checkpoint, task, predictions).ask(
+        todo, lambda: _tell(report, predictions, len(questions))
+      )
+  results = {task.name: summarize(task, docs, predictions.done)}
+  write_json(folder / RESULTS, results)
+  return results
+
+
+def summarize(
+  task: Task, docs: Sequence[Doc], lines: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+  """The task's metrics and what has to stand beside them."""
+  found = []
+  for doc in docs:
+    line = lines[task.doc_id(doc)]
+    found.append(Prediction(doc, line["reply"], line["answer"], line["error"]))
+  errors = [prediction for prediction in found if prediction.error]
+  if len(errors) == len(found):
+    raise UserError(f"None of the {len(found)} questions could be asked: {errors[0].error}")
+  unparsed = sum(not prediction.answer for prediction in found) - len(errors)
+  counts = {"n": len(found), "unparsed": unparsed, "errors": len(errors)}
+  return {**task.aggregate(found), **counts, "prompt_set": task.prompt_set}
+
+
+class _Asker:
+  """Asks questions, and appends the answers batch by batch."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    checkpoint: str | os.PathLike,
+    task: Task,
+    predictions: PredictionsFile,
+  ):
+    mesh = make_mesh(config.mesh.to_dict())
+    self._config, self._task, self._predictions = config, task, predictions
+    self._export = load_export(checkpoint, mesh)
+    self._engine = Engine(
+      self._export, mesh, dtype=config.dtype, batch_size=min(config.batch_size, 256)
+    )
+
+  def ask(self, questions: Sequence[_Question], tell: Callable[[], None]) -> None:
+    by_video: dict[str, list[_Question]] = {}
+    for question in questions:
+      by_video.setdefault(question.video, []).append(question)
+    waiting: list[tuple[_Question, VideoSession]] = []
+    for video, frames in self._frames(list(by_video)):
+      if isinstance(frames, str):
+        logging.warning("%s", frames)
+        self._predictions.append(_line(q, error=frames) for q in by_video[video])
+        tell()
+        continue
+      session = self._engine.encode(frames.images, zero_slow=self._config.zero_slow)
+      waiting += [(question, session) for question in by_video[video]]
+      while len(waiting) >= self._config.batch_size:
+        self._answer(waiting[: self._config.batch_size])
+        del waiting[: self._config.batch_size]
+        tell()
+    if waiting:
+      self._answer(waiting)
+      tell()
+
+  def _frames(self, videos: Sequence[str]) -> Iterator[tuple[str, ModelFrames | str]]:
+    """Every video with its frames, or the reason why there are none; read ahead in threads."""
+    config = self._config
+    with ThreadPoolExecutor(config.read_threads) as pool:
+      ahead: deque[tuple[str, Future]] = deque()
+      try:
+        for video in videos:
+          ahead.append((video, pool.submit(_read, Path(config.videos, video), self._export)))
+          # One more than threads, so that none of them ever waits for the device.
+          if len(ahead) > config.read_threads:
+            name, future = ahead.popleft()
+            yield name, future.result()
+        for name, future in ahead:
+          yield name, future.result()
+      finally:
+        for _, future in ahead:
+          future.cancel()
+
+  def _answer(self, batch: Sequence[tuple[_Question, VideoSession]]) -> None:
+    replies = self._engine.answer(
+      [self._task.prompt(question.doc) for question, _ in batch],
+      [session for _, session in batch],
+      self._config.max_new_tokens,
+      decode_cross_attention=self._config.decode_cross_attention,
+    )
+    self._predictions.append(
+      _line(question, reply, self._task.parse(question.doc, reply.strip()))
+      for (question, _), reply in zip(batch, replies)
+    )
+
+
+def _read(path: Path, export: Export) -> ModelFrames | str:
+  try:
+    return read_video(path, export)
+  except UserError as error:
+    return str(error)
+  except Exception as error:  # One strange file must not end an evaluation of hours.
+    return f"{path}: {type(error).__name__}: {error}"
+
+
+def _line(question: _Question, reply: str = "", answer: str = "", error: str = "") -> dict:
+  gold = {"gold": question.doc["answer"]} if "answer" in question.doc else {}
+  words = {"reply": reply, "answer": answer, **gold, "error": error}
+  return {"id": question.id, "video": question.video, **words}
+
+
+def _tell(report: Progress, predictions: PredictionsFile, total: int) -> None:
+  errors = sum(bool(line["error"]) for line in predictions.done.values())
+  report(len(predictions.done), total, errors)
+
+
+def _describe(
+  config: ml_collections.ConfigDict,
+  task: Task,
+  questions: Sequence[_Question],
+  checkpoint: str | os.PathLike,
+) -> dict[str, Any]:
+  """All that an answer depends on."""
+  content = [[question.id, question.video, task.prompt(question.doc)] for question in questions]
+  names = ("max_new_tokens", "zero_slow", "decode_cross_attention", "dtype")
+  return {
+    "task": task.name,
+    "prompt_set": task.prompt_set,
+    "questions": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16],
+    "checkpoint": _fingerprint(Path(checkpoint)),
+    **{name: config[name] for name in names},
+  }
+
+
+def _fingerprint(checkpoint: Path) -> str:
+  """Tells exports apart without reading them: Orbax names its data files anew in every save."""
+  if not checkpoint.is_dir():
+    raise UserError(f"--checkpoint {checkpoint}: there is no such folder.")
+  files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+  sizes = [(str(path.relative_to(checkpoint)), path.stat().st_size) for path in files]
+  return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]

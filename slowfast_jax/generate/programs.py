@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compiled, as pure functions: encode a video, prefill prompts, decode new tokens."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from slowfast_jax.generate.prompts import Prompts
+from slowfast_jax.generate.sampling import Sampling, next_token
+from slowfast_jax.models.compressor import compress
+from slowfast_jax.models.decoder import KVCache
+from slowfast_jax.models.hybrid import SlowKV, SlowQuery
+from slowfast_jax.models.slowfast import SlowFast
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Visual:
+  """What the rows of a batch see.
+
+  Attributes:
+    fast: fast tokens of each row, in order, then padding.
+    kv: slow keys and values; None where nothing reads any.
+    num_slow: valid slow tokens of each row.
+  """
+
+  fast: Float[Array, "B fast D"]
+  kv: SlowKV | None
+  num_slow: Int[Array, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """Where generation stands.
+
+  Attributes:
+    cache: keys and values of prompts and new tokens.
+    tokens: new tokens, `step` of them so far.
+    step: see `tokens`.
+    lengths: positions of each row's prompt.
+    done: rows that have produced a stop token.
+  """
+
+  cache: KVCache
+  tokens: Int[Array, "B new"]
+  step: Int[Array, ""]
+  lengths: Int[Array, " B"]
+  done: Bool[Array, " B"]
+
+
+def encode_video(
+  model: SlowFast, frames: Array, pooling: Float[Array, "Q F"], dtype: jnp.dtype, zero_slow: bool
+) -> tuple[Float[Array, "1 F P D"], Float[Array, "1 fast D"], SlowKV | None]:
+  """Slow tokens, flat fast tokens, and the slow keys and values of one video.
+
+  With `zero_slow` the decoder gets the same fast tokens, but slow tokens of zeros.
+  """
+  if frames.dtype == jnp.uint8:
+    slow = model.encode(frames[None], dtype)
+  else:
+    slow = model.encode_pixels(frames[None].astype(dtype))
+  fast = compress(slow, pooling[None], model.cfg.compressor.spatial_stride)
+  kv = model.slow_kv(jnp.zeros_like(slow) if zero_slow else slow)
+  return slow, fast.reshape(1, -1, fast.shape[-1]), kv
+
+
+def embed_prompts(model: SlowFast, prompts: Prompts, visual: Visual) -> Float[Array, "B T D"]:
+  return model.embed(prompts.tokens, prompts.kind, visual.fast[:, :, None])
+
+
+def query_of(text_index: Int[Array, "B X"], visual: Visual) -> SlowQuery | None:
+  """Each row reads the valid slow tokens of its own video."""
+  if visual.kv is None:
+    return None
+  slots = jnp.arange(visual.kv.k.shape[2])
+  return SlowQuery(
+    text_index,
+    (text_index >= 0).astype(jnp.int32),
+    (slots < visual.num_slow[:, None]).astype(jnp.int32),
+  )
+
+
+def prefill(
+  model: SlowFast,
+  prompts: Prompts,
+  visual: Visual,
+  sampling: Sampling,
+  stop_ids: tuple[int, ...],
+  max_new_tokens: int,
+) -> Decoding:
+  """Runs the prompts and takes the first new token of every row."""
+  B, T = prompts.tokens.shape
+  x = embed_prompts(model, prompts, visual)
+  positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+  cache = model.empty_cache(B, T + max_new_tokens, x.dtype)
+  query = query_of(prompts.text_index, visual)
+  hidden, cache = model.cached_step(x, positions, cache, visual.kv, query)
+  last = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
+  token = next_token(model.decoder.logits(last), sampling, 0)
+  tokens = jnp.zeros((B, max_new_tokens), jnp.int32).at[:, 0].set(token)
+  done = ~prompts.real | is_stop(token, stop_ids)
+  return Decoding(cache, tokens, jnp.ones((), jnp.int32), prompts.lengths, done)
+
+
+def decode_logits(
+  model: SlowFast, state: Decoding, visual: Visual
+) -> tuple[Float[Array, "B V"], KVCache]:
+  """Scores of the token after the latest one, which is written into the cache."""
+  latest = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=1)
+  positions = state.lengths[:, None] + state.step - 1
+  x = model.decoder.embed(latest, state.cache.k.dtype)
+  # New tokens are text: they query under every query set.
+  text_index = jnp.where(visual.num_slow > 0, 0, -1)[:, None]
+  query = query_of(text_index, visual)
+  hidden, cache = model.cached_step(x, positions, state.cache, visual.kv, query)
+  return model.decoder.logits(hidden[:, 0]), cache
+
+
+def decode(
+  model: SlowFast,
+  state: Decoding,
+  visual: Visual,
+  sampling: Sampling,
+  limit: Int[Array, ""],
+  stop_ids: tuple[int, ...],
+) -> Decoding:
+  """Takes new tokens until there are `limit` of them or every row is done."""
+
+  def body(state: Decoding) -> Decoding:
+    logits, cache = decode_logits(model, state, visual)
+    token = next_token(logits, sampling, state.step)
+    tokens = jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.step, axis=1)
+    done = state.done | is_stop(token, stop_ids)
+    return Decoding(cache, tokens, state.step + 1, state.lengths, done)
+
+  return jax.lax.while_loop(lambda s: (s.step < limit) & ~jnp.all(s.done), body, state)
+
+
+def is_stop(token: Int[Array, " B"], stop_ids: tuple[int, ...]) -> Bool[Array, " B"]:
+  return jnp.isin(token, jnp.array(stop_ids, jnp.int32))
