@@ -206,7 +206,7 @@ def render_page(data: ReportData, numbers: str) -> str:
 
 def duration(seconds: float) -> str:
   """Seconds in words, as exact as a reader cares for."""
-  if seconds < 60:
+  if seconds < 59.95:  # What does not round up to 60.0.
     return f"{seconds:.1f} s"
   minutes, rest = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
