@@ -9,12 +9,15 @@ from slowfast_jax.checkpoints.store import load_export
 from slowfast_jax.data.chat import Turn
 from slowfast_jax.errors import UsageError
 from slowfast_jax.generate.engine import Engine, VideoSession
-from slowfast_jax.generate.video import read_video
+from slowfast_jax.generate.timeline import Timeline, draw_timeline
+from slowfast_jax.generate.video import ModelFrames, read_video
 
 HELP = "ask a checkpoint about a video"
 
 EXAMPLES = """examples:
   slowfast chat clip.mp4 "What falls from the table?" --checkpoint=runs/mine/export
+  slowfast chat clip.mp4 "What falls from the table?" --checkpoint=runs/mine/export \\
+      --attention moments.png
   slowfast chat clip.mp4 --checkpoint=runs/mine/export
 
 Without a question it is a conversation: one question a line, an empty line or Ctrl-D ends it.
@@ -26,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("video", metavar="VIDEO", help="a video file")
   add("question", metavar="QUESTION", nargs="?", help="without it: a conversation")
   add("--checkpoint", required=True, metavar="DIR", help="the export of a training run")
+  add("--attention", metavar="FILE.png", help="plot which moments the last question read")
   add("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (%(default)s)")
   add("--temperature", type=float, default=0.0, help="0 is greedy (%(default)g)")
   add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens (%(default)g)")
@@ -35,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   if args.question is not None and not args.question.strip():
     raise UsageError("the question is empty; leave it out for a conversation.")
+  if args.attention and not args.attention.lower().endswith(".png"):
+    raise UsageError(f"--attention {args.attention}: the file's name must end with .png.")
   engine = Engine(load_export(args.checkpoint))
   frames = read_video(args.video, engine.export)
   if frames.lost:
@@ -43,7 +49,11 @@ def run(args: argparse.Namespace) -> int:
   turns: list[Turn] = []
   for question in [args.question] if args.question is not None else _questions():
     turns.append({"from": "human", "value": question})
-    turns.append({"from": "gpt", "value": _answer(engine, turns, session, args)})
+    reply = _answer(engine, turns, session, args)
+    if args.attention:
+      # Before the reply joins the turns: the prompt ends with the question.
+      _plot(engine, turns, session, frames, reply, args.attention)
+    turns.append({"from": "gpt", "value": reply})
   return 0
 
 
@@ -70,3 +80,18 @@ def _answer(
     pieces.append(piece)
   print()
   return "".join(pieces)
+
+
+def _plot(
+  engine: Engine,
+  turns: Sequence[Turn],
+  session: VideoSession,
+  frames: ModelFrames,
+  reply: str,
+  file: str,
+) -> None:
+  profile = engine.slow_attention(engine.prompt_ids(turns, session), session).profile()
+  picture = draw_timeline(
+    Timeline(frames.images, frames.timestamps, frames.duration, profile, turns[-1]["value"], reply)
+  )
+  picture.save(file)

@@ -6,7 +6,7 @@ Programs are compiled for buckets of shapes, so another question rarely compiles
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from slowfast_jax.checkpoints.store import Export
 from slowfast_jax.data.chat import Turn, encode_prompt
 from slowfast_jax.errors import UserError
 from slowfast_jax.generate import programs
+from slowfast_jax.generate.attention import SlowAttention, attend
 from slowfast_jax.generate.programs import Decoding, Visual
 from slowfast_jax.generate.prompts import Prompts, bucket, build_prompts
 from slowfast_jax.generate.sampling import Sampling, make_sampling
@@ -26,6 +27,7 @@ from slowfast_jax.generate.text import TextPieces
 from slowfast_jax.models.compressor import pooling_matrix
 from slowfast_jax.models.hybrid import SlowKV
 from slowfast_jax.models.slowfast import SlowFast
+from slowfast_jax.shapes import FAST, PROMPT
 from slowfast_jax.sharding import batch_sharding, state_shardings
 
 # New tokens that `stream` waits for: few enough to look alive, enough to keep the device busy.
@@ -63,7 +65,6 @@ class _Run:
   visual: Visual
   sampling: Sampling
   count: int
-  limit: int
 
 
 class Engine:
@@ -91,21 +92,23 @@ class Engine:
     self._dtype = jnp.dtype(dtype)
     params = export.params
     self.params = params if mesh is None else jax.device_put(params, state_shardings(params, mesh))
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: SlowFast(export.model, rngs=nnx.Rngs(0))))
-    self._merge = functools.partial(nnx.merge, graphdef)
-    self._encode = jax.jit(self._encode_program, static_argnames="zero_slow")
-    self._prefill = jax.jit(self._prefill_program, static_argnames="max_new_tokens")
-    self._decode = jax.jit(self._decode_program, donate_argnames="state")
+    self._graphdef = nnx.graphdef(nnx.eval_shape(lambda: SlowFast(export.model, rngs=nnx.Rngs(0))))
+    self._encode = self._compile(programs.encode_video, static=("dtype", "zero_slow"))
+    self._prefill = self._compile(programs.prefill, static=("stop_ids", "max_new_tokens"))
+    self._decode = self._compile(programs.decode, static=("stop_ids",), donate=("state",))
+    self._attend = self._compile(attend, static=("tokens_per_frame",))
 
-  def _encode_program(self, params, frames, pooling, zero_slow):
-    return programs.encode_video(self._merge(params), frames, pooling, self._dtype, zero_slow)
+  def _compile(
+    self, program: Callable, static: tuple[str, ...], donate: tuple[str, ...] = ()
+  ) -> Callable:
+    """The program as a function of its keywords, compiled for each bucket that it meets."""
 
-  def _prefill_program(self, params, prompts, visual, sampling, max_new_tokens):
-    model = self._merge(params)
-    return programs.prefill(model, prompts, visual, sampling, self.stop_ids, max_new_tokens)
+    def run(params, **arguments):
+      return program(nnx.merge(self._graphdef, params), **arguments)
 
-  def _decode_program(self, params, state, visual, sampling, limit):
-    return programs.decode(self._merge(params), state, visual, sampling, limit, self.stop_ids)
+    run.__name__ = program.__name__  # The name in profiles and compilation logs.
+    jitted = jax.jit(run, static_argnames=static, donate_argnames=donate)
+    return functools.partial(jitted, self.params)
 
   def encode(
     self,
@@ -137,7 +140,9 @@ class Engine:
     pooling = np.zeros((len(pooling_matrix(padded, *strides)), padded), np.float32)
     pooling[: len(map_QF), :count] = map_QF
     frames = np.concatenate([frames, np.zeros((padded - count, *frames.shape[1:]), frames.dtype)])
-    slow, fast, kv = self._encode(self.params, frames, pooling, zero_slow=zero_slow)
+    slow, fast, kv = self._encode(
+      frames=frames, pooling=pooling, dtype=self._dtype, zero_slow=zero_slow
+    )
     return VideoSession(slow, fast, kv, count, fast.shape[1] // len(pooling) * len(map_QF))
 
   def prompt_ids(self, question: str | Sequence[Turn], session: VideoSession | None) -> list[int]:
@@ -228,13 +233,52 @@ class Engine:
       if final:
         return
 
+  def slow_attention(
+    self, ids: Sequence[int], session: VideoSession, reply: Sequence[int] = ()
+  ) -> SlowAttention:
+    """What a prompt, and a reply to it, read of the slow tokens.
+
+    Args:
+      ids: the prompt's token ids, see `prompt_ids`.
+      session: the prompt's video.
+      reply: new token ids.
+
+    Raises:
+      UserError: the model has no slow path.
+    """
+    if session.kv is None:
+      raise UserError("This model has no hybrid layers: it reads no slow tokens.")
+    built, visual = self.build([[*ids, *reply]], [session])
+    weights, gates = self._attend(
+      prompts=built, visual=visual, tokens_per_frame=session.slow.shape[2]
+    )
+    index = np.asarray(built.text_index)[0]
+    index = index[index >= 0]
+    kind, tokens = np.asarray(built.kind)[0], np.asarray(built.tokens)[0]
+    # In a conversation the last turn but one is what was asked.
+    starts = np.flatnonzero((tokens == self.tokenizer.im_start_id) & (kind == PROMPT))
+    visual_stop = np.flatnonzero(kind == FAST)[-1] + 1
+    behind = index >= max(visual_stop, starts[-2] if len(starts) > 1 else 0)
+    replied = index >= int(built.lengths[0]) - len(reply)
+    return SlowAttention(
+      np.asarray(weights)[:, 0, :, : len(index), : session.num_frames],
+      np.asarray(gates)[:, 0, : len(index)],
+      tokens[index],
+      behind & ~replied,
+      replied,
+      self.export.model.hybrid_layers,
+    )
+
   def build(
-    self, prompts: Sequence[Sequence[int]], sessions: Sequence[VideoSession | None]
+    self,
+    prompts: Sequence[Sequence[int]],
+    sessions: Sequence[VideoSession | None],
+    least_rows: int = 1,
   ) -> tuple[Prompts, Visual]:
     """The arrays of a batch, padded to its bucket."""
     if len(prompts) != len(sessions):
       raise UserError(f"Expected one session a prompt, got {len(sessions)} and {len(prompts)}.")
-    rows = bucket(len(prompts), self._batch_size)
+    rows = bucket(len(prompts), least_rows)
     shards = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
     rows = -(-rows // shards) * shards
     hybrid = self.export.model.hybrid
@@ -274,18 +318,28 @@ class Engine:
   ) -> _Run:
     if max_new_tokens < 1:
       raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    built, visual = self.build(prompts, sessions)
+    built, visual = self.build(prompts, sessions, self._batch_size)
     rows = len(built.lengths)
     sampling = make_sampling(rows, len(prompts), temperature, top_p, seed)
-    room = bucket(max_new_tokens, 16)
-    state = self._prefill(self.params, built, visual, sampling, max_new_tokens=room)
+    state = self._prefill(
+      prompts=built,
+      visual=visual,
+      sampling=sampling,
+      stop_ids=self.stop_ids,
+      max_new_tokens=bucket(max_new_tokens, 16),
+    )
     if not decode_cross_attention:
       visual = dataclasses.replace(visual, kv=None)
-    return _Run(state, visual, sampling, len(prompts), max_new_tokens)
+    return _Run(state, visual, sampling, len(prompts))
 
   def _advance(self, run: _Run, limit: int) -> None:
-    bound = np.int32(min(limit, run.limit))
-    run.state = self._decode(self.params, run.state, run.visual, run.sampling, bound)
+    run.state = self._decode(
+      state=run.state,
+      visual=run.visual,
+      sampling=run.sampling,
+      limit=np.int32(limit),
+      stop_ids=self.stop_ids,
+    )
 
   def _new_ids(self, run: _Run) -> list[list[int]]:
     tokens, step = jax.device_get((run.state.tokens, run.state.step))
