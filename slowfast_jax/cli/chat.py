@@ -4,6 +4,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from slowfast_jax.checkpoints.store import load_export
 from slowfast_jax.data.chat import Turn
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     raise UsageError("the question is empty; leave it out for a conversation.")
   if args.attention and not args.attention.lower().endswith(".png"):
     raise UsageError(f"--attention {args.attention}: the file's name must end with .png.")
+  if args.attention and not Path(args.attention).absolute().parent.is_dir():
+    raise UsageError(f"--attention {args.attention}: there is no such folder.")
   engine = Engine(load_export(args.checkpoint))
   frames = read_video(args.video, engine.export)
   if frames.lost:

@@ -59,15 +59,15 @@ class SlowAttention:
 def attend(
   model: SlowFast, prompts: Prompts, visual: Visual, tokens_per_frame: int
 ) -> tuple[Float[Array, "A B N X F"], Float[Array, "A B X"]]:
-  """Attention to frames, and |g|, at every hybrid layer. Positions that query nothing have zeros."""
+  """Attention to frames, and |g|, at every hybrid layer; zeros where a position queries nothing."""
   T = prompts.tokens.shape[1]
-  query = query_of(prompts.text_index, visual)
-  if visual.kv is None or query is None:
-    raise ValueError("attend needs slow keys.")
+  query, adapters = query_of(prompts.text_index, visual), model.adapters
+  if visual.kv is None or query is None or adapters is None:
+    raise ValueError("Attention to slow tokens needs hybrid layers and a video.")
   seen: list[tuple[Array, Array]] = []
 
   def watched(i: int, read: ReadSlow, keys: Array, query: SlowQuery) -> ReadSlow:
-    adapter = layer_of(model.adapters, i)
+    adapter = layer_of(adapters, i)
 
     def hook(q, o):
       index = jnp.maximum(query.text_index, 0)[:, :, None, None]

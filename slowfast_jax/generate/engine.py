@@ -94,12 +94,12 @@ class Engine:
     self.params = params if mesh is None else jax.device_put(params, state_shardings(params, mesh))
     self._graphdef = nnx.graphdef(nnx.eval_shape(lambda: SlowFast(export.model, rngs=nnx.Rngs(0))))
     self._encode = self._compile(programs.encode_video, static=("dtype", "zero_slow"))
-    self._prefill = self._compile(programs.prefill, static=("stop_ids", "max_new_tokens"))
-    self._decode = self._compile(programs.decode, static=("stop_ids",), donate=("state",))
+    self._prefill = self._compile(programs.prefill, static=("max_new_tokens",))
+    self._decode = self._compile(programs.decode, donate=("state",))
     self._attend = self._compile(attend, static=("tokens_per_frame",))
 
   def _compile(
-    self, program: Callable, static: tuple[str, ...], donate: tuple[str, ...] = ()
+    self, program: Callable, static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
   ) -> Callable:
     """The program as a function of its keywords, compiled for each bucket that it meets."""
 
@@ -311,7 +311,7 @@ class Engine:
     return Visual(fast, kv, self._place(num_slow))
 
   def _place(self, arrays):
-    return arrays if self._mesh is None else jax.device_put(arrays, batch_sharding(self._mesh))
+    return jax.device_put(arrays, None if self._mesh is None else batch_sharding(self._mesh))
 
   def _start(
     self, prompts, sessions, max_new_tokens, *, temperature, top_p, seed, decode_cross_attention
@@ -325,7 +325,7 @@ class Engine:
       prompts=built,
       visual=visual,
       sampling=sampling,
-      stop_ids=self.stop_ids,
+      stop_ids=np.array(self.stop_ids, np.int32),
       max_new_tokens=bucket(max_new_tokens, 16),
     )
     if not decode_cross_attention:
@@ -338,7 +338,7 @@ class Engine:
       visual=run.visual,
       sampling=run.sampling,
       limit=np.int32(limit),
-      stop_ids=self.stop_ids,
+      stop_ids=np.array(self.stop_ids, np.int32),
     )
 
   def _new_ids(self, run: _Run) -> list[list[int]]:

@@ -88,7 +88,7 @@ def prefill(
   prompts: Prompts,
   visual: Visual,
   sampling: Sampling,
-  stop_ids: tuple[int, ...],
+  stop_ids: Int[Array, " stops"],
   max_new_tokens: int,
 ) -> Decoding:
   """Runs the prompts and takes the first new token of every row."""
@@ -125,7 +125,7 @@ def decode(
   visual: Visual,
   sampling: Sampling,
   limit: Int[Array, ""],
-  stop_ids: tuple[int, ...],
+  stop_ids: Int[Array, " stops"],
 ) -> Decoding:
   """Takes new tokens until there are `limit` of them or every row is done."""
 
@@ -139,5 +139,5 @@ def decode(
   return jax.lax.while_loop(lambda s: (s.step < limit) & ~jnp.all(s.done), body, state)
 
 
-def is_stop(token: Int[Array, " B"], stop_ids: tuple[int, ...]) -> Bool[Array, " B"]:
-  return jnp.isin(token, jnp.array(stop_ids, jnp.int32))
+def is_stop(token: Int[Array, " B"], stop_ids: Int[Array, " stops"]) -> Bool[Array, " B"]:
+  return jnp.isin(token, stop_ids)

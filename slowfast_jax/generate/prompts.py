@@ -30,7 +30,6 @@ class Prompts:
     kind: PAD, PROMPT or FAST.
     lengths: positions of each row; 1 in a row that is all padding.
     text_index: positions that query slow tokens; -1 = none.
-    has_video: whether a row has slow tokens.
     real: whether a row is a prompt at all.
   """
 
@@ -38,7 +37,6 @@ class Prompts:
   kind: Int[Array, "B T"]
   lengths: Int[Array, " B"]
   text_index: Int[Array, "B X"]
-  has_video: Bool[Array, " B"]
   real: Bool[Array, " B"]
 
 
@@ -77,7 +75,6 @@ def build_prompts(
     kind=np.full((rows, T), PAD, np.int8),
     lengths=np.ones(rows, np.int32),
     text_index=np.full((rows, T if query_set == "all" else text), -1, np.int32),
-    has_video=np.array([n > 0 for n in num_fast] + [False] * (rows - len(merged))),
     real=np.arange(rows) < len(merged),
   )
   for row, (tokens, kind) in enumerate(merged):

@@ -50,7 +50,7 @@ def make_sampling(
     raise UserError(f"seed must be one number or one a prompt ({num_samples}), got {len(seeds)}.")
   padding = rows - num_samples
   # Seeds of any size: what counts is that different ones differ.
-  folded = [int(np.random.SeedSequence(abs(s)).generate_state(1)[0] >> 1) for s in seeds]
+  folded = [int(np.random.SeedSequence((abs(s), s < 0)).generate_state(1)[0] >> 1) for s in seeds]
   return Sampling(
     np.array([temperature] * num_samples + [0.0] * padding, np.float32),
     np.full(rows, top_p, np.float32),

@@ -130,8 +130,8 @@ class _Canvas:
       self._text((self._x(second), bottom + 9), _clock(second), 14, _QUIET, "ma")
     middle = self._x((t.timestamps[peak] + self._until(peak)) / 2)
     label = f"{100 * t.profile[peak]:.0f}% at {_clock(float(t.timestamps[peak]), exact=True)}"
-    x = min(max(middle, _MARGIN + 60), _WIDTH - _MARGIN - 60)
-    self._text((x, self._y(t.profile[peak]) - 20), label, 15, _CURVE, "ma")
+    middle = min(max(middle, _MARGIN + 60), _WIDTH - _MARGIN - 60)
+    self._text((middle, self._y(t.profile[peak]) - 20), label, 15, _CURVE, "ma")
     note = "share of the attention to slow tokens that each frame gets"
     if t.windows:
       self._rectangle((_MARGIN, bottom + 34, _MARGIN + 12, bottom + 46), _EVENT, _EVENT_INK)
@@ -200,7 +200,7 @@ def _ticks(end: float) -> list[float]:
 
 
 def _clock(seconds: float, exact: bool = False) -> str:
-  minutes, rest = divmod(round(seconds, 1), 60)
-  hours, minutes = divmod(int(minutes), 60)
+  whole_minutes, rest = divmod(round(seconds, 1), 60)
+  hours, minutes = divmod(int(whole_minutes), 60)
   whole = f"{int(rest):02d}" if not exact and rest == int(rest) else f"{rest:04.1f}"
   return f"{hours}:{minutes:02d}:{whole}" if hours else f"{minutes}:{whole}"

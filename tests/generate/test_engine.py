@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cached decoding equals a full forward pass, and samples of a batch do not touch each other."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from slowfast_jax.data.chat import IMAGE_TOKEN
+from slowfast_jax.data.packing import Geometry, Sample, build_row
+from slowfast_jax.errors import UserError
+from slowfast_jax.generate import programs
+from slowfast_jax.generate.engine import Engine
+from slowfast_jax.generate.sampling import make_sampling
+from slowfast_jax.models.slowfast import SlowFast
+from slowfast_jax.sharding import make_mesh
+from tests.generate.tiny import CONFIG, SIZE, TOKENIZER, frames, make_export
+
+QUESTION, LONGER = "What was it?", "What colour was the circle, and where was the other one?"
+NEW = 16
+
+
+NEVER = (-1, -1)
+
+
+def make_engine(export, *arguments, **options):
+  """An engine that goes on to the last token: a random model stops anywhere."""
+  engine = Engine(export, *arguments, **options)
+  engine.stop_ids = NEVER
+  return engine
+
+
+@pytest.fixture(scope="module")
+def engine():
+  return make_engine(make_export())
+
+
+@functools.cache
+def forward(config):
+  graphdef = nnx.graphdef(nnx.eval_shape(lambda: SlowFast(config, rngs=nnx.Rngs(0))))
+
+  def run(params, batch):
+    model = nnx.merge(graphdef, params)
+    return model.decoder.logits(model(batch))
+
+  return jax.jit(run)
+
+
+def full_logits(export, ids, pixels, silent_from=None):
+  """The model as training sees it: float32 [positions, V], without any cache."""
+  image = pixels is not None and len(pixels) == 1
+  compressor = CONFIG.compressor
+  geometry = Geometry(
+    num_frames=1 if image else 6,
+    decoder_length=128,
+    text_bound=128,
+    image_size=(SIZE, SIZE),
+    tokens_per_frame=16 if image else 4,
+    sampling_stride=compressor.sampling_stride,
+    temporal_stride=compressor.temporal_stride,
+    min_fast_frames=compressor.min_fast_frames,
+    query_set=export.model.hybrid.queries,
+  )
+  batch = build_row([Sample(ids, None, () if pixels is None else (len(pixels),), pixels)], geometry)
+  count = int((batch.segments > 0).sum())
+  if silent_from is not None:
+    batch.text_index[batch.text_index >= count - (len(ids) - silent_from)] = -1
+  return np.asarray(forward(export.model)(export.params, batch))[0, :count]
+
+
+def cached_logits(engine, prompts, sessions, replies, cross=True):
+  """Scores of the token after each token of the replies, from the cache."""
+  built, visual = engine.build(prompts, sessions)
+  rows = len(built.lengths)
+  sampling = make_sampling(rows, len(prompts), 0.0, 1.0, 0)
+  state = engine._prefill(
+    prompts=built, visual=visual, sampling=sampling, stop_ids=np.array(NEVER), max_new_tokens=NEW
+  )
+  tokens = np.zeros((rows, NEW), np.int32)
+  tokens[: len(replies)] = replies
+  if not cross:
+    visual = dataclasses.replace(visual, kv=None)
+  step = engine._compile(programs.decode_logits)
+  found = []
+  for i in range(1, NEW):
+    state = dataclasses.replace(state, tokens=jnp.asarray(tokens), step=jnp.int32(i))
+    logits, cache = step(state=state, visual=visual)
+    state = dataclasses.replace(state, cache=cache)
+    found.append(np.asarray(logits))
+  return np.stack(found, axis=1)[: len(replies)]
+
+
+@pytest.mark.parametrize("queries", ["text-only", "text-only-masksystem", "all"])
+def test_cached_decoding_is_the_full_forward_pass(queries):
+  export = make_export(queries)
+  engine = make_engine(export)
+  pixels = frames(6, 1)
+  session = engine.encode(pixels)
+  ids = engine.prompt_ids(QUESTION, session)
+  (reply,) = engine.generate([ids], [session], NEW)
+  assert len(set(reply)) > 2
+  full = full_logits(export, [*ids, *reply], pixels)[-NEW - 1 :]
+  np.testing.assert_array_equal(np.argmax(full[:-1], axis=-1), reply)
+  cached = cached_logits(engine, [ids], [session], [reply])
+  np.testing.assert_allclose(cached[0], full[1:-1], atol=1e-5, rtol=1e-5)
+
+
+def test_without_cross_attention_new_tokens_read_nothing(engine):
+  pixels = frames(6, 1)
+  session = engine.encode(pixels)
+  ids = engine.prompt_ids(QUESTION, session)
+  (reply,) = engine.generate([ids], [session], NEW, decode_cross_attention=False)
+  full = full_logits(engine.export, [*ids, *reply], pixels, silent_from=len(ids))[-NEW - 1 :]
+  np.testing.assert_array_equal(np.argmax(full[:-1], axis=-1), reply)
+  cached = cached_logits(engine, [ids], [session], [reply], cross=False)
+  np.testing.assert_allclose(cached[0], full[1:-1], atol=1e-5, rtol=1e-5)
+  assert engine.generate([ids], [session], NEW) != [reply]
+
+
+def mixed(engine):
+  """Two videos, one of them short, a still image, text alone, and two questions of one video."""
+  videos = [frames(6, 1), frames(5, 2), frames(1, 3), None, frames(6, 1)]
+  sessions = [None if v is None else engine.encode(v) for v in videos]
+  questions = [LONGER, QUESTION, QUESTION, LONGER, "Where?"]
+  prompts = [engine.prompt_ids(q, s) for q, s in zip(questions, sessions)]
+  return prompts, sessions, videos
+
+
+def test_samples_of_a_batch_equal_each_alone(engine):
+  prompts, sessions, videos = mixed(engine)
+  replies = engine.generate(prompts, sessions, NEW)
+  together = cached_logits(engine, prompts, sessions, replies)
+  for i, (ids, pixels) in enumerate(zip(prompts, videos)):
+    full = full_logits(engine.export, [*ids, *replies[i]], pixels)[-NEW - 1 :]
+    np.testing.assert_array_equal(np.argmax(full[:-1], axis=-1), replies[i])
+    np.testing.assert_allclose(together[i], full[1:-1], atol=1e-5, rtol=1e-5, err_msg=f"sample {i}")
+
+
+def test_the_slow_path_matters(engine):
+  pixels = frames(6, 1)
+  seen, hidden = engine.encode(pixels), engine.encode(pixels, zero_slow=True)
+  np.testing.assert_array_equal(seen.fast, hidden.fast)
+  ids = engine.prompt_ids(QUESTION, seen)
+  assert engine.generate([ids], [seen], NEW) != engine.generate([ids], [hidden], NEW)
+
+
+def test_a_model_without_hybrid_layers_answers():
+  engine = make_engine(make_export(hybrid=False))
+  session = engine.encode(frames(6, 1))
+  assert session.kv is None
+  ids = engine.prompt_ids(QUESTION, session)
+  both = engine.generate([ids, engine.prompt_ids(QUESTION, None)], [session, None], 4)
+  assert both[:1] == engine.generate([ids], [session], 4)
+  with pytest.raises(UserError, match="no hybrid layers"):
+    engine.slow_attention(ids, session)
+
+
+def test_normalised_frames_equal_pixels(engine):
+  pixels = frames(5, 2)
+  normalised = (pixels / 127.5 - 1).astype(np.float32)
+  a, b = engine.encode(pixels), engine.encode(normalised)
+  np.testing.assert_allclose(a.slow[:, :5], b.slow[:, :5], atol=1e-5)
+  np.testing.assert_allclose(a.fast[:, : a.num_fast], b.fast[:, : b.num_fast], atol=1e-5)
+
+
+def test_other_questions_of_a_bucket_compile_nothing(engine):
+  session = engine.encode(frames(6, 1))
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else 0
+  )
+  prompts = [engine.prompt_ids(q, session) for q in (QUESTION, LONGER)]
+  assert len(prompts[0]) < len(prompts[1]) <= 64
+  engine.generate(prompts[:1], [session], NEW)
+  compiled.clear()
+  engine.generate(prompts[1:], [engine.encode(frames(6, 9))], NEW - 3, temperature=1.0)
+  list(engine.stream(LONGER, session, NEW - 5))
+  assert not compiled
+  list(engine.stream(LONGER * 4, session, NEW))
+  assert compiled
+
+
+def test_it_stops_at_the_stop_token(engine, monkeypatch):
+  prompts, sessions, _ = mixed(engine)
+  replies = engine.generate(prompts, sessions, NEW)
+  stop = next(token for token in replies[0] if token != replies[0][0])
+  monkeypatch.setattr(engine, "stop_ids", (stop, stop))
+  cut = [r[: r.index(stop) + 1] if stop in r else r for r in replies]
+  assert len(cut[0]) < NEW
+  assert engine.generate(prompts, sessions, NEW) == cut
+  assert "".join(engine.stream(LONGER, sessions[0], NEW)) == TOKENIZER.decode(cut[0])
+
+
+def test_a_stream_is_the_answer_in_pieces(engine):
+  session = engine.encode(frames(6, 1))
+  pieces = list(engine.stream(QUESTION, session, NEW, temperature=1.0, seed=3))
+  assert len(pieces) > 1
+  assert ["".join(pieces)] == engine.answer([QUESTION], [session], NEW, temperature=1.0, seed=3)
+  assert "".join(engine.stream(QUESTION, session, 1)) == engine.answer([QUESTION], [session], 1)[0]
+
+
+def test_samples_depend_on_prompt_and_seed_alone(engine):
+  prompts, sessions, _ = mixed(engine)
+  options = {"temperature": 1.0, "top_p": 0.95}
+  together = engine.generate(prompts, sessions, NEW, seed=[5, 6, 7, 8, 9], **options)
+  assert together == engine.generate(prompts, sessions, NEW, seed=[5, 6, 7, 8, 9], **options)
+  alone = engine.generate(prompts[1:2], sessions[1:2], NEW, seed=6, **options)
+  assert alone == together[1:2]
+  assert alone != engine.generate(prompts[1:2], sessions[1:2], NEW, seed=7, **options)
+
+
+def test_a_mesh_changes_nothing(engine):
+  prompts, sessions, videos = mixed(engine)
+  replies = engine.generate(prompts, sessions, NEW)
+  mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+  wide = make_engine(make_export(), mesh, batch_size=6)
+  sessions = [None if v is None else wide.encode(v) for v in videos]
+  built, _ = wide.build(prompts, sessions, 6)
+  assert len(built.lengths) == 8
+  assert len(built.tokens.sharding.device_set) == 8
+  assert wide.generate(prompts, sessions, NEW) == replies
+
+
+def test_what_does_not_fit_is_named(engine):
+  session = engine.encode(frames(6, 1))
+  with pytest.raises(UserError, match="1 placeholder.* and no video"):
+    engine.generate([[1, IMAGE_TOKEN]], [None])
+  with pytest.raises(UserError, match="0 placeholder.* and a video"):
+    engine.generate([[1, 2]], [session])
+  with pytest.raises(UserError, match="one session a prompt, got 2 and 1"):
+    engine.generate([[1, 2]], [None, None])
+  with pytest.raises(UserError, match="Prompt 1 is empty"):
+    engine.generate([[1], []], [None, None])
+  with pytest.raises(UserError, match="max_new_tokens must be at least 1, got 0"):
+    engine.generate([[1]], [None], 0)
+  with pytest.raises(UserError, match=r"\[F, 16, 16, 3\].* got \[2, 8, 8, 3\]"):
+    engine.encode(np.zeros((2, 8, 8, 3), np.uint8))
+  assert engine.generate([], []) == []

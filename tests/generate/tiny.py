@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny random model that is sensitive to everything: what it sees, what it reads, who queries."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import UInt8
+
+from slowfast_jax.checkpoints.store import Export, VideoConfig
+from slowfast_jax.data.tokenizer import train_tokenizer
+from slowfast_jax.models.decoder import DecoderConfig
+from slowfast_jax.models.hybrid import HybridConfig
+from slowfast_jax.models.slowfast import CompressorConfig, SlowFast, SlowFastConfig
+from slowfast_jax.models.vit import ViTConfig
+
+SIZE = 16
+CONFIG = SlowFastConfig(
+  vision=ViTConfig("siglip", SIZE, 4, width=16, num_layers=1, num_heads=2, mlp_width=16),
+  decoder=DecoderConfig(
+    vocab_size=320,
+    width=32,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_width=32,
+    tie_embeddings=True,
+  ),
+  compressor=CompressorConfig(
+    video_pooling_stride=2, sampling_stride=2, temporal_stride=1, min_fast_frames=2
+  ),
+  hybrid=HybridConfig(every=2, min_depth=0, max_depth=3),
+)
+TOKENIZER = train_tokenizer(
+  ["What colour was the circle? The circle was red.", "system user assistant Be brief."], 320
+)
+
+
+def make_export(queries: str = "text-only", num_frames: int = 6, hybrid: bool = True) -> Export:
+  config = CONFIG if hybrid else dataclasses.replace(CONFIG, hybrid=None)
+  if config.hybrid is not None:
+    config = dataclasses.replace(config, hybrid=dataclasses.replace(config.hybrid, queries=queries))
+  model = SlowFast(config, rngs=nnx.Rngs(0))
+  if model.adapters is not None:
+    # At its start the gate is shut, and every test of the slow path would pass for any bug.
+    model.adapters.warm_up[...] = jnp.ones_like(model.adapters.warm_up[...])
+  # Tied embeddings of a random model repeat the last token for ever.
+  model.decoder.layers.mlp.down.kernel[...] *= 6.0
+  return Export(config, nnx.state(model), TOKENIZER, VideoConfig(num_frames), "Be brief.")
+
+
+def frames(count: int, seed: int) -> UInt8[np.ndarray, "F h w C"]:
+  return np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3)).astype(np.uint8)
