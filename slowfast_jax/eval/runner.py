@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def evaluate(
   run = _describe(config, task, questions, checkpoint)
   report = progress or (lambda done, total, errors: None)
   with PredictionsFile(folder, run, config.retry_errors) as predictions:
-    todo = [question for question in questions if question.id not in predictions.done]
+    todo = _by_video(questions, predictions.done)
     _tell(report, predictions, len(questions))
     if todo:
       _Asker(config, checkpoint, task, predictions).ask(
@@ -112,10 +112,7 @@ class _Asker:
       self._export, mesh, dtype=config.dtype, batch_size=min(config.batch_size, 256)
     )
 
-  def ask(self, questions: Sequence[_Question], tell: Callable[[], None]) -> None:
-    by_video: dict[str, list[_Question]] = {}
-    for question in questions:
-      by_video.setdefault(question.video, []).append(question)
+  def ask(self, by_video: Mapping[str, list[_Question]], tell: Callable[[], None]) -> None:
     waiting: list[tuple[_Question, VideoSession]] = []
     for video, frames in self._frames(list(by_video)):
       if isinstance(frames, str):
@@ -162,6 +159,15 @@ class _Asker:
       _line(question, reply, self._task.parse(question.doc, reply.strip()))
       for (question, _), reply in zip(batch, replies)
     )
+
+
+def _by_video(questions: Sequence[_Question], done: Container[str]) -> dict[str, list[_Question]]:
+  """What is still to be asked, video by video; their order does not depend on what is done."""
+  groups: dict[str, list[_Question]] = {}
+  for question in questions:
+    groups.setdefault(question.video, []).append(question)
+  left = {video: [q for q in group if q.id not in done] for video, group in groups.items()}
+  return {video: group for video, group in left.items() if group}
 
 
 def _read(path: Path, export: Export) -> ModelFrames | str:

@@ -91,7 +91,7 @@ def parse_choice(reply: str, options: Sequence[str]) -> str:
   letters = LETTERS[: len(options)]
   words = [_words(option) for option in options]
   # "A cup" may begin with an article: a letter stands alone or has a mark behind it.
-  start = re.match(r"\W?([A-Za-z])(?:[).:,]|\s*$|\s*\n)", reply)
+  start = re.match(r"\W*([A-Za-z])(?:[).:,*]|\s*$|\s*\n)", reply)
   letter = start[1].upper() if start and start[1].upper() in letters else ""
   if letter and len(_words(reply)) == 1:
     return letter
