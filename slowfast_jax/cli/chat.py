@@ -12,6 +12,7 @@ from slowfast_jax.errors import UsageError
 from slowfast_jax.generate.engine import Engine, VideoSession
 from slowfast_jax.generate.timeline import Timeline, draw_timeline
 from slowfast_jax.generate.video import ModelFrames, read_video
+from slowfast_jax.sharding import make_mesh
 
 HELP = "ask a checkpoint about a video"
 
@@ -44,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     raise UsageError(f"--attention {args.attention}: the file's name must end with .png.")
   if args.attention and not Path(args.attention).absolute().parent.is_dir():
     raise UsageError(f"--attention {args.attention}: there is no such folder.")
-  engine = Engine(load_export(args.checkpoint))
+  mesh = make_mesh({"tensor": -1})  # All devices: a large model fits on none alone.
+  engine = Engine(load_export(args.checkpoint, mesh), mesh)
   frames = read_video(args.video, engine.export)
   if frames.lost:
     print(f"{args.video}: {frames.lost} frames are damaged and left out", file=sys.stderr)

@@ -17,7 +17,7 @@ from slowfast_jax.models.vit import ViTConfig
 
 SIZE = 16
 CONFIG = SlowFastConfig(
-  vision=ViTConfig("siglip", SIZE, 4, width=16, num_layers=1, num_heads=2, mlp_width=16),
+  vision=ViTConfig("siglip", SIZE, 4, width=16, num_layers=2, num_heads=2, mlp_width=16),
   decoder=DecoderConfig(
     vocab_size=320,
     width=32,

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`slowfast eval`: what it writes and says, and exit codes."""
+
+import json
+
+import pytest
+
+from slowfast_jax.checkpoints.store import save_export
+from slowfast_jax.cli import eval as verb
+from slowfast_jax.cli.main import VERBS, main
+from tests.data.video_files import VideoSpec, write_video
+from tests.generate.tiny import make_export
+
+DOC = {"video": "a.mp4", "question": "What?", "options": ["a cup", "a book"], "answer": "B"}
+
+
+@pytest.fixture
+def arguments(tmp_path):
+  write_video(tmp_path / "a.mp4", VideoSpec(num_frames=8))
+  (tmp_path / "test.jsonl").write_text(json.dumps({**DOC, "kind": "object"}) + "\n")
+  save_export(tmp_path / "export", make_export())
+  paths = {"checkpoint": "export", "workdir": "run"}
+  fields = {"questions": "test.jsonl", "videos": "."}
+  return [
+    "eval",
+    "--config=configs/eval_jsonl.py",
+    *(f"--{name}={tmp_path / path}" for name, path in paths.items()),
+    *(f"--config.{name}={tmp_path / path}" for name, path in fields.items()),
+    "--config.batch_size=1",
+    "--config.max_new_tokens=4",
+  ]
+
+
+def test_it_evaluates_and_says_what_came_out(arguments, tmp_path, capsys):
+  assert main(arguments) == 0
+  results = json.loads((tmp_path / "run" / "results.json").read_text())
+  shown = capsys.readouterr().out
+  assert "Evaluating: 1/1 questions" in shown
+  assert "jsonl (prompts: letter)\n" in shown
+  assert f"  accuracy: {results['jsonl']['accuracy']:.3f}\n" in shown
+  assert "  accuracy_by_kind object: " in shown
+  assert "  n: 1\n" in shown
+  assert f"{tmp_path}/run/results.json\n" in shown
+  assert main([*arguments, "--config.zero_slow=true"]) == 1
+  assert "zero_slow was False and is True" in capsys.readouterr().err
+
+
+def test_errors_have_no_traceback(arguments, tmp_path, capsys):
+  assert main([*arguments, "--config.questions=none.jsonl"]) == 1
+  assert "slowfast eval: none.jsonl: there is no such file" in capsys.readouterr().err
+  assert main([*arguments, "--config.task=mmlu"]) == 1
+  assert "There is no task 'mmlu'" in capsys.readouterr().err
+  assert main([*arguments, "--config.batchsize=2"]) == 2
+  assert main(["eval"]) == 2
+  assert not (tmp_path / "run").exists()
+
+
+def test_its_help_is_that_of_the_list():
+  assert VERBS["eval"] == verb.HELP
