@@ -33,7 +33,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collectio
     UserError: there is no such config, or the file does not define one.
     UsageError: an override names no field or its value has the wrong type.
   """
-  name, colon, argument = _split(path)
+  name, arguments = _split(path)
   file = find_config(name)
   try:
     get_config = runpy.run_path(str(file)).get("get_config")
@@ -41,7 +41,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collectio
     raise UserError(f"{error.filename}:{error.lineno}: not valid Python: {error.msg}.") from error
   if not callable(get_config):
     raise UserError(f"{file}: expected a function get_config() that returns a ConfigDict.")
-  config = _call(get_config, [argument] if colon else [], file)
+  config = _call(get_config, arguments, file)
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(
       f"{file}: get_config() must return an ml_collections.ConfigDict, got {type(config).__name__}."
@@ -50,22 +50,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collectio
     _apply(config, override)
   # Only now: a field that is computed from another one must see what an override made of it.
   return config.copy_and_resolve_references().lock()
-
-
-def _split(path: str | Path) -> tuple[str, str, str]:
-  name, extension, rest = str(path).partition(".py")
-  if rest[:1] != ":":
-    return str(path), "", ""
-  return name + extension, ":", rest[1:]
-
-
-def _call(get_config: Callable[..., Any], arguments: list[str], file: Path) -> Any:
-  try:
-    inspect.signature(get_config).bind(*arguments)
-  except TypeError as error:
-    given = f"the argument {arguments[0]!r}" if arguments else "no argument"
-    raise UsageError(f"{file}: get_config() does not fit {given} ({error}).") from error
-  return get_config(*arguments)
 
 
 def find_config(path: str | Path) -> Path:
@@ -89,6 +73,24 @@ def _shipped_folder() -> Path:
   package = Path(__file__).parent
   installed = package / "configs"
   return installed if installed.is_dir() else package.parent / "configs"
+
+
+def _split(path: str | Path) -> tuple[str, list[str]]:
+  """The file, and what `get_config` is called with."""
+  name, extension, rest = str(path).partition(".py")
+  if rest[:1] != ":":
+    return str(path), []
+  return name + extension, [rest[1:]]
+
+
+def _call(get_config: Callable[..., Any], arguments: list[str], file: Path) -> Any:
+  # Bound first: a TypeError inside of get_config is a bug of the file and keeps its traceback.
+  try:
+    inspect.signature(get_config).bind(*arguments)
+  except TypeError as error:
+    given = f"the argument {arguments[0]!r}" if arguments else "no argument"
+    raise UsageError(f"{file}: get_config() does not fit {given} ({error}).") from error
+  return get_config(*arguments)
 
 
 def _apply(config: ml_collections.ConfigDict, override: str) -> None:

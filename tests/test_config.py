@@ -126,3 +126,40 @@ def test_shipped_config_is_found_from_any_folder(tmp_path, monkeypatch):
 def test_missing_config_names_the_nearest_shipped_one():
   with pytest.raises(UserError, match=r"configs/dmeo\.py.*Did you mean configs/demo\.py"):
     load_config("configs/dmeo.py")
+
+
+STAGES = """
+import ml_collections
+
+def get_config(stage="first"):
+  return ml_collections.ConfigDict({"stage": stage})
+"""
+
+
+def test_what_follows_the_colon_goes_to_get_config(example):
+  example.write_text(STAGES)
+  assert load_config(example).stage == "first"
+  assert load_config(f"{example}:second").stage == "second"
+  assert load_config(f"{example}:second", ["--config.stage=third"]).stage == "third"
+  assert load_config(f"{example}:a:b").stage == "a:b"
+
+
+def test_an_argument_that_get_config_does_not_take_is_named(example):
+  with pytest.raises(UsageError, match="example.py: get_config.* does not fit .*'second'"):
+    load_config(f"{example}:second")
+  example.write_text("def get_config(stage): pass")
+  with pytest.raises(UsageError, match="does not fit no argument.*stage"):
+    load_config(example)
+
+
+@pytest.mark.parametrize("stage", ["", ":pretrain", ":slow_fast", ":fast_only"])
+def test_the_demo_has_its_stages(stage):
+  config = load_config(f"configs/demo.py{stage}", ["--config.train.steps=7"])
+  assert config.train.steps == 7
+  assert config.model.slow == (stage in ("", ":slow_fast"))
+  assert (config.data.num_frames == 1) == (stage == ":pretrain")
+
+
+def test_an_unknown_stage_is_named():
+  with pytest.raises(UsageError, match="demo.py:fast: no such stage; choose from"):
+    load_config("configs/demo.py:fast")

@@ -8,6 +8,7 @@ Arrays are stored by their dotted path ("decoder.layers.mlp.up.kernel") and are 
 their devices, whatever number of devices wrote them.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -123,35 +124,33 @@ class Checkpoints:
     Args:
       abstract: shapes, dtypes and shardings, see `abstract_state`.
       check: is given `run` before anything large is read; raises what should stop the restoring.
+
+    Raises:
+      UserError: the newest state is whole, but that of another model.
     """
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
-        run = self._read(step, run=ocp.args.JsonRestore())["run"]
-      except (OSError, ValueError, KeyError) as error:
+        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))[
+          "run"
+        ]
+        check(run)
+        leaves = _read_arrays(self._folder / str(step) / "state", flatten(abstract))
+        return Restored(step, unflatten(abstract, leaves), run)
+      except (UserError, MemoryError, jax.errors.JaxRuntimeError):
+        raise  # Not the folder's fault.
+      except Exception as error:  # Orbax raises a bare Exception where a file is cut off.
         self._move_aside(step, error)
-        continue
-      check(run)
-      try:
-        args = ocp.args.StandardRestore(flatten(abstract))
-        leaves = self._read(step, state=args)["state"]
-      except (OSError, ValueError, KeyError) as error:
-        self._move_aside(step, error)
-        continue
-      return Restored(step, unflatten(abstract, leaves), run)
     return None
 
   def close(self) -> None:
     """Waits until everything is written."""
     self._manager.close()
 
-  def _read(self, step: int, **items: Any) -> Mapping[str, Any]:
-    return self._manager.restore(step, args=ocp.args.Composite(**items))
-
   def _move_aside(self, step: int, error: Exception) -> None:
     """Without its number the folder is no checkpoint, and the step can be saved again."""
     torn = self._folder / str(step)
     aside = self._folder / f"torn-{step}"
-    logging.warning("%s: cannot be read and is moved to %s: %s", torn, aside.name, error)
+    logging.warning("%s: torn, so it is moved to %s: %s", torn, aside.name, _first_line(error))
     if jax.process_index() == 0:
       if aside.exists():
         aside.rmtree()
@@ -322,28 +321,48 @@ def _load_tokenizer(folder: epath.Path) -> Tokenizer:
 
 
 def _load_params(folder: epath.Path, abstract: nnx.State) -> nnx.State:
-  expected = flatten(abstract)
-  with ocp.StandardCheckpointer() as checkpointer:
-    try:
-      stored = checkpointer.metadata(folder).item_metadata.tree
-    except (OSError, ValueError, AttributeError) as error:
-      raise UserError(
-        f"{folder}: the parameters are missing or damaged ({error}); copy the export again."
-      ) from error
-    _check_names(folder, stored, expected)
-    try:
-      return unflatten(abstract, checkpointer.restore(folder, expected))
-    except (OSError, ValueError) as error:
-      raise UserError(
-        f"{folder}: the parameters cannot be read ({error}); copy the export again."
-      ) from error
+  try:
+    return unflatten(abstract, _read_arrays(folder, flatten(abstract)))
+  except (UserError, MemoryError, jax.errors.JaxRuntimeError):
+    raise
+  except Exception as error:  # As in `Checkpoints.restore`.
+    raise UserError(
+      f"{folder}: the parameters are missing or damaged ({_first_line(error)}); copy the export "
+      "again, or run the training command again to make it anew."
+    ) from error
+
+
+# --- Arrays ---
+
+
+def _read_arrays(
+  folder: epath.Path, expected: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+  """Reads all arrays of a folder, each straight onto its devices.
+
+  Raises:
+    UserError: the folder has other arrays than were expected.
+    Exception: it cannot be read.
+  """
+  handler = ocp.StandardCheckpointHandler()
+  with contextlib.closing(handler):
+    stored = handler.metadata(folder)
+    if stored is None:
+      raise ValueError("the description of its arrays is missing")
+    _check_names(folder, stored.tree, expected)
+    return handler.restore(folder, args=ocp.args.StandardRestore(expected))
+
+
+def _first_line(error: Exception) -> str:
+  """Orbax appends pages of details."""
+  return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _check_names(folder: epath.Path, stored: Mapping[str, Any], expected: Mapping[str, Any]):
   missing = [name for name in expected if name not in stored]
   extra = [name for name in stored if name not in expected]
   shapes = [
-    f"{name} (expected {expected[name].shape}, got {stored[name].shape})"
+    f"{name} (expected {expected[name].shape}, got {tuple(stored[name].shape)})"
     for name in expected
     if name in stored and tuple(stored[name].shape) != tuple(expected[name].shape)
   ]
@@ -352,4 +371,7 @@ def _check_names(folder: epath.Path, stored: Mapping[str, Any], expected: Mappin
     f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in groups.items() if names
   ]
   if wrong:
-    raise UserError(f"{folder}: the parameters do not fit {CONFIG_FILE}: {'; '.join(wrong)}.")
+    raise UserError(
+      f"{folder}: the arrays do not fit the model ({'; '.join(wrong)}); the config is another one, "
+      "or another version of slowfast_jax wrote them."
+    )

@@ -86,7 +86,7 @@ class Progress:
     if rate and done < total:
       parts.append(f"{_duration((total - done) / rate)} left")
     if isinstance(more, str):
-      parts.append(more)
+      parts += [more] if more else []
     elif more:
       parts.append(f"{more} errors" if more > 1 else "1 error")
     return ", ".join(parts)

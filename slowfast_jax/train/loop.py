@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import ml_collections
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from slowfast_jax.checkpoints.store import Checkpoints, save_export
 from slowfast_jax.errors import UserError
@@ -41,7 +42,7 @@ DONE, PREEMPTED = 0, 42
 # Fields that a resumed run may change. Of the data, what they are counts, not where they lie.
 MAY_CHANGE = (
   "train.steps", "train.log_every", "train.checkpoint_every", "train.keep", "train.remat",
-  "mesh", "data.records", "data.tokenizer", "data.read_threads",
+  "mesh.", "data.records", "data.tokenizer", "data.read_threads",
 )  # fmt: skip
 
 # progress(done, total, text); say(line).
@@ -87,7 +88,9 @@ def train(
   with contextlib.closing(checkpoints), Preemption() as preempted:
     begin = _restore_or_init(setup, checkpoints, say)
     state, code = begin.state, DONE
-    if begin.step < steps:
+    if begin.step >= steps:
+      progress(begin.step, steps, "")
+    else:
       recorder = Recorder(
         folder / "metrics.jsonl",
         begin.step,
@@ -100,7 +103,6 @@ def train(
     if code == PREEMPTED:
       return code
     save_export(folder / "export", setup.export(state.params))
-  progress(steps, steps, "")
   say(f"exported to {folder / 'export'}")
   return DONE
 
@@ -115,7 +117,7 @@ def _run_steps(
 ) -> tuple[TrainState, int]:
   """Runs all steps that are left. Returns the state after them, and DONE or PREEMPTED."""
   state, steps, every = begin.state, setup.config.train.steps, setup.config.train.checkpoint_every
-  batches = _batches(setup, begin.step)
+  batches = _batches(setup, begin.step, say)
   batch = next(batches)
   run_step = compile_step(setup, state, batch, say)
   recorder.start()
@@ -144,7 +146,7 @@ def compile_step(setup: Setup, state: TrainState, batch: Batch, say: Say) -> Ste
   shardings = jax.tree.map(lambda x: x.sharding, state)
   jitted = jax.jit(
     instrument(step, schedule(setup.optimizer_config)),
-    out_shardings=(shardings, None),
+    out_shardings=(shardings, NamedSharding(setup.mesh, PartitionSpec())),
     donate_argnums=0,
   )
   say("compiling")
@@ -208,11 +210,11 @@ def _restore_or_init(setup: Setup, checkpoints: Checkpoints, say: Say) -> _Begin
   return _Begin(restored.step, restored.state, restored.run["failed_samples"])
 
 
-def _batches(setup: Setup, start: int) -> Iterator[Batch]:
+def _batches(setup: Setup, start: int, say: Say) -> Iterator[Batch]:
   """Batches on the devices. The first is checked, for it is there before anything is compiled."""
   for i, batch in enumerate(setup.pipeline.iterate(start)):
-    if i == 0:
-      check_batch(batch, setup.pipeline)
+    if i == 0 and (problem := check_batch(batch, setup.pipeline)):
+      say(problem)
     yield place_batch(batch, setup.mesh)
 
 

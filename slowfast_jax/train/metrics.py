@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from etils import epath
 
@@ -96,11 +95,13 @@ class Recorder:
       return
     step, metrics, num_failures = self._pending
     self._pending = None
-    values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+    read = jax.device_get(metrics)
+    values = {name: read[name].tolist() for name in ("loss", "token_accuracy", *read)}
     _check_finite(step, values)
     if step % self._log_every == 0:
       self._write({"step": step} | values | self._timing(step) | {"failed_samples": num_failures})
-    self._show(step, f"loss {values['loss']:.4f}, accuracy {values['token_accuracy']:.3f}")
+    text = f"loss {values['loss']:.4f}, accuracy {values['token_accuracy']:.3f}"
+    self._show(step, text + (f", {num_failures} samples failed" if num_failures else ""))
 
   def close(self) -> None:
     if self._file is not None:
@@ -149,7 +150,7 @@ def _check_finite(step: int, values: dict[str, Any]) -> None:
   bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
   if bad:
     raise UserError(
-      f"step {step}: {bad[0]} is {values[bad[0]]}; nothing was saved since the last checkpoint. "
-      "Lower optimizer.learning_rate or optimizer.max_grad_norm, or lengthen "
-      "optimizer.warmup_steps, and run the command again."
+      f"step {step}: {bad[0]} is {values[bad[0]]}, so the run has diverged; lower "
+      "optimizer.learning_rate or optimizer.max_grad_norm, or raise optimizer.warmup_steps, and "
+      "begin in another --workdir."
     )

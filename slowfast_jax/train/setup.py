@@ -196,24 +196,28 @@ def place_batch(batch: Batch, mesh: Mesh) -> Batch:
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def check_batch(batch: Batch, pipeline: TrainPipeline) -> None:
-  """A first batch without a single target shows that config and records do not fit.
+def check_batch(batch: Batch, pipeline: TrainPipeline) -> str:
+  """Judges the first batch, before minutes are spent on compiling.
+
+  Returns:
+    What is wrong with some of its samples, or nothing.
 
   Raises:
-    UserError: with the reason why its first sample could not be used, if there is one.
+    UserError: none of its samples can be learned from, so config and records do not fit.
   """
-  if np.any(batch.loss_weights > 0):
-    return
+  rows, length = batch.tokens.shape
+  learned = np.any(batch.loss_weights > 0, axis=1)
+  if np.all(learned):
+    return ""
   if pipeline.failures:
     failure = pipeline.failures[0]
-    raise UserError(
-      f"No sample of the first batch can be used; record {failure.record} ({failure.id}): "
-      f"{failure.reason}"
-    )
-  raise UserError(
-    "No sample of the first batch has anything to learn: its answers lie behind "
-    f"data.decoder_length = {batch.tokens.shape[1]}; raise it."
-  )
+    reason = f"record {failure.record} ({failure.id}): {failure.reason}"
+  else:
+    reason = f"their answers lie behind data.decoder_length = {length}; raise it"
+  text = f"{rows - np.sum(learned)} of {rows} samples of the first batch teach nothing: {reason}"
+  if np.any(learned):
+    return text
+  raise UserError(text)
 
 
 def initial_state(setup: Setup) -> TrainState:
@@ -223,10 +227,17 @@ def initial_state(setup: Setup) -> TrainState:
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   folder = setup.config.train.init_from
   if not folder:
-    return jax.jit(setup.init, out_shardings=shardings)(key)
+    return jax.jit(setup.init, out_shardings=shardings, compiler_options=_quickly())(key)
   export = load_export(folder, setup.mesh)
-  given = flatten(export.params)
-  _check_fits(folder, given, flatten(abstract.params))
+  if _digest(export.tokenizer) != setup.fingerprint["tokenizer"]:
+    raise UserError(
+      f"train.init_from={folder} was trained with another tokenizer than data.tokenizer="
+      f"{setup.config.data.tokenizer}, so its embeddings mean other words; leave data.tokenizer "
+      "empty to take the one of the export."
+    )
+  wanted = flatten(abstract.params)
+  given = {name: x for name, x in flatten(export.params).items() if name in wanted}
+  _check_fits(folder, given, wanted)
 
   def init(given: dict[str, jax.Array], key: jax.Array) -> TrainState:
     state = setup.init(key)  # What is replaced below is never computed: XLA drops it.
@@ -237,7 +248,13 @@ def initial_state(setup: Setup) -> TrainState:
     return dataclasses.replace(state, params=params)
 
   # Donated: the parameters are never there twice.
-  return jax.jit(init, out_shardings=shardings, donate_argnums=0)(given, key)
+  jitted = jax.jit(init, out_shardings=shardings, donate_argnums=0, compiler_options=_quickly())
+  return jitted(given, key)
+
+
+def _quickly() -> dict[str, Any]:
+  """A program that runs once: optimising it takes five times as long as all the rest on a CPU."""
+  return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
 
 
 def _start_adapters(model: SlowFastConfig, params: nnx.State) -> nnx.State:
@@ -266,7 +283,9 @@ def num_params(abstract: Any) -> int:
 
 
 def _open_tokenizer(c: ml_collections.ConfigDict, model: SlowFastConfig) -> Tokenizer:
-  folder = _required(c.data.tokenizer, "data.tokenizer", "a folder with tokenizer.json")
+  # An export has its tokenizer's files beside its config.
+  folder = c.data.tokenizer or c.train.init_from
+  folder = _required(folder, "data.tokenizer", "a folder with tokenizer.json")
   tokenizer = Tokenizer.from_dir(folder)
   if tokenizer.vocab_size > model.decoder.vocab_size:
     raise UserError(
