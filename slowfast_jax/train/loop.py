@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from slowfast_jax.checkpoints.store import Checkpoints, save_export
 from slowfast_jax.errors import UserError
 from slowfast_jax.shapes import Batch
+from slowfast_jax.train.host import keep_freed_memory
 from slowfast_jax.train.metrics import Recorder, Step, instrument
 from slowfast_jax.train.optimizer import schedule
 from slowfast_jax.train.setup import (
@@ -79,6 +80,7 @@ def train(
   Raises:
     UserError: something that the user can mend, from a wrong field to a loss that is not finite.
   """
+  keep_freed_memory()
   progress, say = progress or (lambda *_: None), say or (lambda _: None)
   folder = epath.Path(workdir).absolute()
   setup = open_setup(config)
