@@ -19,6 +19,8 @@ MESH_AXES = ("data", "fsdp", "context", "tensor")
 # Logical axis -> mesh axes. A name that is absent is replicated.
 RULES: Mapping[str, str | tuple[str, ...]] = {
   "batch": ("data", "fsdp"),
+  # Frames are encoded each for itself, whatever the language model does with the mesh.
+  "frames": MESH_AXES,
   "embed": "fsdp",
   "heads": "tensor",
   "mlp": "tensor",
@@ -64,6 +66,11 @@ def _fits(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionS
   return PartitionSpec(*(e if n % size(e) == 0 else None for e, n in zip(spec, shape)))
 
 
+def sharding_of(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+  """Where an array whose axes have these names lives."""
+  return NamedSharding(mesh, _fits(spec_of(axes), shape, mesh))
+
+
 def state_shardings(state: Any, mesh: Mesh) -> Any:
   """Where each leaf of a state lives: parameters by their logical axes, all else replicated.
 
@@ -74,8 +81,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     if not isinstance(leaf, nnx.Variable):
       return NamedSharding(mesh, PartitionSpec())
     axes = leaf.get_metadata().get("axes", ())
-    spec = _fits(spec_of(axes), leaf[...].shape, mesh)
-    return leaf.replace(NamedSharding(mesh, spec))
+    return leaf.replace(sharding_of(axes, leaf[...].shape, mesh))
 
   return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
