@@ -120,6 +120,8 @@ class _Asker:
         self._predictions.append(_line(q, error=frames) for q in by_video[video])
         tell()
         continue
+      if frames.lost:
+        logging.warning("%s: %d damaged frames are left out", video, frames.lost)
       session = self._engine.encode(frames.images, zero_slow=self._config.zero_slow)
       waiting += [(question, session) for question in by_video[video]]
       while len(waiting) >= self._config.batch_size:

@@ -28,7 +28,7 @@ from slowfast_jax.models.compressor import pooling_matrix
 from slowfast_jax.models.hybrid import SlowKV
 from slowfast_jax.models.slowfast import SlowFast
 from slowfast_jax.shapes import FAST, PROMPT
-from slowfast_jax.sharding import batch_sharding, state_shardings
+from slowfast_jax.sharding import sharding_of, state_shardings
 
 # New tokens that `stream` waits for: few enough to look alive, enough to keep the device busy.
 STREAM_STEPS = 4
@@ -93,7 +93,7 @@ class Engine:
     params = export.params
     self.params = params if mesh is None else jax.device_put(params, state_shardings(params, mesh))
     self._graphdef = nnx.graphdef(nnx.eval_shape(lambda: SlowFast(export.model, rngs=nnx.Rngs(0))))
-    self._encode = self._compile(programs.encode_video, static=("dtype", "zero_slow"))
+    self._encode = self._compile(programs.encode_video, static=("dtype",))
     self._prefill = self._compile(programs.prefill, static=("max_new_tokens",))
     self._decode = self._compile(programs.decode, donate=("state",))
     self._attend = self._compile(attend, static=("tokens_per_frame",))
@@ -141,8 +141,13 @@ class Engine:
     pooling[: len(map_QF), :count] = map_QF
     frames = np.concatenate([frames, np.zeros((padded - count, *frames.shape[1:]), frames.dtype)])
     slow, fast, kv = self._encode(
-      frames=frames, pooling=pooling, dtype=self._dtype, zero_slow=zero_slow
+      frames=self._place(frames, "frames"),
+      pooling=pooling,
+      zero_slow=np.bool_(zero_slow),
+      dtype=self._dtype,
     )
+    slow, fast = self._place(slow), self._place(fast)
+    kv = jax.tree.map(lambda x: self._place(x, None, None, None, "heads"), kv)
     return VideoSession(slow, fast, kv, count, fast.shape[1] // len(pooling) * len(map_QF))
 
   def prompt_ids(self, question: str | Sequence[Turn], session: VideoSession | None) -> list[int]:
@@ -290,7 +295,7 @@ class Engine:
       rows=rows,
       query_set="text-only" if hybrid is None else hybrid.queries,
     )
-    return self._place(built), visual
+    return jax.tree.map(lambda array: self._place(array, "batch"), built), visual
 
   def _gather(self, sessions: Sequence[VideoSession | None], rows: int) -> Visual:
     """The visual arrays of all rows, padded to the longest."""
@@ -299,19 +304,23 @@ class Engine:
     num_slow = np.array([0 if s is None else s.num_slow for s in [*sessions, *padding]], np.int32)
     if some is None:
       width = self.export.model.decoder.width
-      return Visual(jnp.zeros((rows, 1, width), self._dtype), None, self._place(num_slow))
+      fast = jnp.zeros((rows, 1, width), self._dtype)
+      return Visual(self._place(fast, "batch"), None, self._place(num_slow, "batch"))
     fast = _stack([None if s is None else s.fast for s in [*sessions, *padding]], axis=0)
-    if some.kv is None:
-      return Visual(fast, None, self._place(num_slow))
-    pairs = [None if s is None else s.kv for s in [*sessions, *padding]]
-    kv = SlowKV(
-      _stack([None if p is None else p.k for p in pairs], axis=1),
-      _stack([None if p is None else p.v for p in pairs], axis=1),
-    )
-    return Visual(fast, kv, self._place(num_slow))
+    kv = None
+    if some.kv is not None:
+      pairs = [None if s is None else s.kv for s in [*sessions, *padding]]
+      k = _stack([None if p is None else p.k for p in pairs], axis=1)
+      v = _stack([None if p is None else p.v for p in pairs], axis=1)
+      kv = SlowKV(*(self._place(x, None, "batch", None, "heads") for x in (k, v)))
+    return Visual(self._place(fast, "batch"), kv, self._place(num_slow, "batch"))
 
-  def _place(self, arrays):
-    return jax.device_put(arrays, None if self._mesh is None else batch_sharding(self._mesh))
+  def _place(self, array: Array | np.ndarray, *axes: str | None) -> Array:
+    """Puts an array where its first axes, by their logical names, belong on the mesh."""
+    if self._mesh is None:
+      return jax.device_put(array)
+    named = (*axes, *[None] * (array.ndim - len(axes)))
+    return jax.device_put(array, sharding_of(named, array.shape, self._mesh))
 
   def _start(
     self, prompts, sessions, max_new_tokens, *, temperature, top_p, seed, decode_cross_attention

@@ -52,7 +52,11 @@ class Decoding:
 
 
 def encode_video(
-  model: SlowFast, frames: Array, pooling: Float[Array, "Q F"], dtype: jnp.dtype, zero_slow: bool
+  model: SlowFast,
+  frames: Array,
+  pooling: Float[Array, "Q F"],
+  zero_slow: Bool[Array, ""],
+  dtype: jnp.dtype,
 ) -> tuple[Float[Array, "1 F P D"], Float[Array, "1 fast D"], SlowKV | None]:
   """Slow tokens, flat fast tokens, and the slow keys and values of one video.
 
@@ -63,7 +67,7 @@ def encode_video(
   else:
     slow = model.encode_pixels(frames[None].astype(dtype))
   fast = compress(slow, pooling[None], model.cfg.compressor.spatial_stride)
-  kv = model.slow_kv(jnp.zeros_like(slow) if zero_slow else slow)
+  kv = model.slow_kv(jnp.where(zero_slow, jnp.zeros_like(slow), slow))
   return slow, fast.reshape(1, -1, fast.shape[-1]), kv
 
 

@@ -11,6 +11,7 @@ from slowfast_jax.cli import chat as verb
 from slowfast_jax.cli.main import VERBS, main
 from slowfast_jax.generate.engine import Engine
 from slowfast_jax.generate.video import read_video
+from slowfast_jax.sharding import make_mesh
 from tests.data.video_files import VideoSpec, write_video
 from tests.generate.tiny import make_export
 
@@ -31,7 +32,8 @@ def arguments(folder, *more):
 @pytest.fixture(scope="module")
 def asked(folder):
   """The engine's own answers to a list of turns."""
-  engine = Engine(load_export(folder / "export"))
+  mesh = make_mesh({"tensor": -1})
+  engine = Engine(load_export(folder / "export", mesh), mesh)
   session = engine.encode(read_video(folder / "a.mp4", engine.export).images)
   return lambda turns: engine.answer([turns], [session], 6)[0]
 

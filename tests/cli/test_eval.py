@@ -2,6 +2,8 @@
 """`slowfast eval`: what it writes and says, and exit codes."""
 
 import json
+import os
+import signal
 
 import pytest
 
@@ -53,6 +55,14 @@ def test_errors_have_no_traceback(arguments, tmp_path, capsys):
   assert main([*arguments, "--config.batchsize=2"]) == 2
   assert main(["eval"]) == 2
   assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_stops_it(arguments, monkeypatch, capsys):
+  monkeypatch.setattr(verb, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+  before = signal.getsignal(signal.SIGTERM)
+  assert main(arguments) == 42
+  assert "stopped by SIGTERM; the same command goes on" in capsys.readouterr().out
+  assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_its_help_is_that_of_the_list():

@@ -3,6 +3,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,27 +40,27 @@ def test_it_is_what_a_hand_computation_gives(engine, session):
     nnx.graphdef(nnx.eval_shape(lambda: SlowFast(engine.export.model, rngs=nnx.Rngs(0)))),
     engine.params,
   )
-  caught = []
+  n, T = int(prompts.lengths[0]), prompts.tokens.shape[1]
 
-  def catch(read):
-    def hook(q, o):
-      caught.append((np.asarray(q[0], np.float64), o))
-      return read(q, o)
+  @jax.jit
+  def caught_in_the_hooks():
+    caught = []
 
-    return hook
+    def catch(read):
+      return lambda q, o: caught.append((q, o)) or read(q, o)
 
-  query = query_of(jnp.asarray(prompts.text_index), visual)
-  readers = {depth: catch(read) for depth, read in model.readers(visual.kv, query).items()}
-  n = int(prompts.lengths[0])
-  T = prompts.tokens.shape[1]
-  segments = (jnp.arange(T) < n).astype(jnp.int32)[None]
-  x = embed_prompts(model, prompts, visual)
-  model.decoder(x, jnp.arange(T)[None], causal_mask(segments), readers=readers)
+    query = query_of(prompts.text_index, visual)
+    readers = {depth: catch(read) for depth, read in model.readers(visual.kv, query).items()}
+    x = embed_prompts(model, prompts, visual)
+    mask = causal_mask((jnp.arange(T) < n).astype(jnp.int32)[None])
+    model.decoder(x, jnp.arange(T)[None], mask, readers=readers)
+    return caught
 
   positions = np.flatnonzero((np.asarray(prompts.kind[0]) == 1) & (np.arange(T) < n))
   assert seen.weights.shape == (2, 4, len(positions), 5)
   assert seen.layers == (0, 2)
-  for a, (q, o) in enumerate(caught):
+  for a, (q, o) in enumerate(jax.device_get(caught_in_the_hooks())):
+    q = q[0].astype(np.float64)
     keys = np.asarray(visual.kv.k[a, 0, : 5 * 4], np.float64)
     for head in range(4):
       logits = q[positions, head] @ keys[:, head // 2].T / np.sqrt(8)

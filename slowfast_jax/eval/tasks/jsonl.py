@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from slowfast_jax.errors import UserError
-from slowfast_jax.eval.tasks.prompts import LETTERS, multiple_choice_prompt
+from slowfast_jax.eval.tasks.prompts import LETTERS, choose_from_prompt, multiple_choice_prompt
 from slowfast_jax.eval.tasks.task import Doc, Prediction
 
-PROMPT_SETS = ("letter",)
+# How the options are put, and so what a good reply looks like: a letter, or the option's text.
+PROMPT_SETS = {"letter": multiple_choice_prompt, "text": choose_from_prompt}
 
 
 class JsonlTask:
@@ -27,7 +28,7 @@ class JsonlTask:
 
   def __init__(self, prompt_set: str = "letter"):
     if prompt_set not in PROMPT_SETS:
-      raise UserError(f"Task jsonl has the prompt sets {PROMPT_SETS}, got {prompt_set!r}.")
+      raise UserError(f"Task jsonl has the prompt sets {tuple(PROMPT_SETS)}, got {prompt_set!r}.")
     self.prompt_set = prompt_set
 
   def docs(self, questions: str) -> list[Doc]:
@@ -61,7 +62,7 @@ class JsonlTask:
     return doc["video"]
 
   def prompt(self, doc: Doc) -> str:
-    return multiple_choice_prompt(doc["question"], doc["options"])
+    return PROMPT_SETS[self.prompt_set](doc["question"], doc["options"])
 
   def parse(self, doc: Doc, reply: str) -> str:
     """The letter that a reply starts with, or that of the one option which it names."""
