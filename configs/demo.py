@@ -39,31 +39,35 @@ def get_config(stage: str = "slow_fast") -> ml_collections.ConfigDict:
   c.data = ml_collections.ConfigDict()
   c.data.records = "runs/demo/stills" if stills else "runs/demo/records"
   c.data.tokenizer = "runs/demo/tokenizer"
-  c.data.batch_size = 64 if stills else 16
+  c.data.batch_size = 32 if stills else 16
   c.data.num_frames = 1 if stills else 32
-  c.data.decoder_length = 112 if stills else 160  # 16 fast tokens a frame, and the text.
-  c.data.text_bound = 96
+  c.data.text_bound = 72 if stills else 160
+  c.data.decoder_length = c.data.text_bound + (4 if stills else 16)  # And 4 fast tokens a frame.
   c.data.targets = "assistant"
   c.data.read_threads = 2
 
   c.optimizer = ml_collections.ConfigDict()
-  c.optimizer.learning_rate = 1e-3
-  c.optimizer.warmup_steps = 50
-  c.optimizer.final_fraction = 0.1
+  c.optimizer.learning_rate = 2e-3 if stills else 1e-3
+  c.optimizer.warmup_steps = 50 if stills else 20
+  c.optimizer.final_fraction = 0.05
   c.optimizer.weight_decay = 0.01
   c.optimizer.b1 = 0.9
   c.optimizer.b2 = 0.98
   c.optimizer.max_grad_norm = 1.0
-  c.optimizer.groups = ()  # ((regex of parameter paths, factor of the learning rate), ...)
+  # (regex of parameter paths, factor of the learning rate). One scalar a layer has to travel from
+  # 0 to about 1 in the time in which weights move by a few hundredths.
+  c.optimizer.groups = (("adapters.warm_up", 50.0),)
 
   c.train = ml_collections.ConfigDict()
-  c.train.steps = 600
+  c.train.steps = 1200 if stills else 500
   c.train.dtype = "float32"
   c.train.remat = False
   c.train.log_every = 10
-  c.train.checkpoint_every = 200
+  c.train.checkpoint_every = 250
   c.train.keep = 1
-  c.train.init_from = ""  # An export to start from; what it lacks of the slow path is added.
+  c.train.init_from = (
+    "runs/demo/encoder" if stills else "runs/demo/pretrain/export"
+  )  # An export to start from; what it lacks of the slow path is added.
 
   c.mesh = ml_collections.ConfigDict()
   c.mesh.data = -1  # All devices that the other axes leave.

@@ -23,7 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.decoder = create(
     vocab_size=304, width=16, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32
   )
-  c.model.compressor = create(sampling_stride=2, min_fast_frames=2)
+  c.model.compressor = create(sampling_stride=2, temporal_stride=1, min_fast_frames=2)
   c.model.hybrid = create(every=2, min_depth=0, max_depth=3)
 
   c.video = create(sampler="uniform", target_fps=2.0, policy="siglip")

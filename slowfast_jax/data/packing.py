@@ -34,6 +34,8 @@ class Geometry:
     min_fast_frames: fewest fast frames that the strides may leave of a longer video.
     max_fast_frames: Q, fast frames of a row; 0: what one video of num_frames needs.
     query_set: which positions query slow tokens.
+    slow: whether the model has a slow path. Without one, rows hold only the frames that become
+      fast tokens: nothing would read the others, and encoding them is most of the work.
   """
 
   num_frames: int
@@ -46,6 +48,7 @@ class Geometry:
   min_fast_frames: int = 16
   max_fast_frames: int = 0
   query_set: str = "text-only"
+  slow: bool = True
 
   def __post_init__(self):
     if self.query_set not in QUERY_SETS:
@@ -59,6 +62,17 @@ class Geometry:
   def pooling(self, num_frames: int) -> Float[np.ndarray, "Q F"]:
     """The compressor's temporal map of one video. Shared: do not write to it."""
     return _pooling(num_frames, self.sampling_stride, self.temporal_stride, self.min_fast_frames)
+
+  def used_frames(self, num_frames: int) -> Int[np.ndarray, " n"]:
+    """Which frames of a video the model needs."""
+    if self.slow:
+      return np.arange(num_frames)
+    return np.flatnonzero(self.pooling(num_frames).any(axis=0))
+
+  @property
+  def row_frames(self) -> int:
+    """F of a row."""
+    return len(self.used_frames(self.num_frames))
 
   def num_fast_tokens(self, num_frames: int) -> int:
     """Decoder positions that a video of so many frames takes."""
@@ -114,8 +128,9 @@ def build_row(samples: Sequence[Sample], geometry: Geometry) -> Batch:
     row.text_index[0, first_query:query] = first_position + queries
 
     for num_frames in sample.num_frames:
-      block = geometry.pooling(num_frames)
-      frame, fast = first_frame + num_frames, first_fast + len(block)
+      used = geometry.used_frames(num_frames)
+      block = geometry.pooling(num_frames)[:, used]
+      frame, fast = first_frame + len(used), first_fast + len(block)
       _fit("max_fast_frames", fast, geometry.max_fast_frames)
       row.frame_segments[0, first_frame:frame] = segment
       row.pooling[0, first_fast:fast, first_frame:frame] = block
@@ -138,7 +153,7 @@ def empty_row(geometry: Geometry) -> Batch:
 def _padding(geometry: Geometry, frames: np.ndarray) -> Batch:
   T, F, Q, X = (
     geometry.decoder_length,
-    geometry.num_frames,
+    geometry.row_frames,
     geometry.max_fast_frames,
     geometry.text_bound,
   )
@@ -209,17 +224,26 @@ def _row_frames(samples: Sequence[Sample], geometry: Geometry) -> np.ndarray:
     expected = (sum(sample.num_frames), *geometry.image_size, 3)
     if got != expected and (got is not None or sample.num_frames):
       raise UserError(f"A sample's frames must have shape {expected}, got {got}.")
-  frames = [sample.frames for sample in samples if sample.frames is not None]
+  frames = [_used(sample, geometry) for sample in samples if sample.frames is not None]
   count = sum(len(part) for part in frames)
-  _fit("num_frames", count, geometry.num_frames)
-  if len(frames) == 1 and count == geometry.num_frames:
+  _fit("num_frames", count, geometry.row_frames)
+  if len(frames) == 1 and count == geometry.row_frames:
     return frames[0][None]
   # uint8 pixels in training; the Python interface also takes frames that are normalised.
   dtype = np.result_type(*frames) if frames else np.uint8
-  row = np.zeros((1, geometry.num_frames, *geometry.image_size, 3), dtype)
+  row = np.zeros((1, geometry.row_frames, *geometry.image_size, 3), dtype)
   if frames:
     np.concatenate(frames, out=row[0, :count])
   return row
+
+
+def _used(sample: Sample, geometry: Geometry) -> np.ndarray:
+  assert sample.frames is not None
+  if geometry.slow:
+    return sample.frames
+  starts = np.cumsum([0, *sample.num_frames])
+  used = [start + geometry.used_frames(n) for start, n in zip(starts, sample.num_frames)]
+  return sample.frames[np.concatenate(used)]
 
 
 def _fit(bound: str, needed: int, available: int) -> None:

@@ -27,31 +27,24 @@ from slowfast_jax.demo.scenes import (
   make_scene,
   write_video,
 )
-from slowfast_jax.eval.tasks.prompts import LETTERS, multiple_choice_prompt
+from slowfast_jax.eval.tasks.prompts import LETTERS, choose_from_prompt
 
 KINDS = ("colour", "shape", "place", "first")
 VALUES = {"colour": COLOURS, "shape": SHAPES, "place": PLACES}
+# What is asked about stands last, right before the answer: the little models learn it sooner.
 WORDINGS = {
-  "colour": (
-    "What colour was {cue} that flashed?",
-    "In which colour did {cue} flash?",
-    "{cue} flashed: what colour did it have?",
+  "colour": ("What colour was the {cue}?", "What was the colour of the {cue}?"),
+  "shape": ("Which shape was {cue}?", "What was the shape in {cue}?"),
+  "place of shape": ("Where was the {cue}?", "In which part of the picture was the {cue}?"),
+  "place of colour": (
+    "Where did something flash in {cue}?",
+    "Which part of the picture was {cue}?",
   ),
-  "shape": (
-    "Which shape flashed in {cue}?",
-    "What shape was the {cue} flash?",
-    "Something {cue} flashed: what shape did it have?",
-  ),
-  "place": (
-    "In which part of the picture did {cue} flash?",
-    "Where in the picture did {cue} flash?",
-    "Where was {cue} when it flashed?",
-  ),
-  "first": (
-    "Which flashed first, {one} or {other}?",
-    "Which of the two came earlier, {one} or {other}?",
-    "What did you see first, {one} or {other}?",
-  ),
+  "first": ("Which came first: {one} or {other}?", "Which flashed first: {one} or {other}?"),
+}
+CAPTION_REQUESTS = {
+  "colour": "What was there in each colour?",
+  "shape": "What did each shape look like?",
 }
 QUESTIONS_PER_TEST_VIDEO = 3
 _GEOMETRY = Geometry()
@@ -79,25 +72,26 @@ class Question:
 
 @dataclass(frozen=True)
 class Dialogues:
-  """How many training conversations a video gets, and of what sort.
+  """How many training conversations a clip gets, and of what sort.
 
-  A conversation has at most one turn a flash and one a kind: further ones would ask for what the
-  earlier answers have told.
+  Attributes:
+    conversations: of each clip.
+    turns: of a conversation; questions, each about another flash as long as there are any.
+    open_share: questions without options.
+    caption_share: conversations whose last turn is a caption of all flashes instead.
   """
 
   conversations: int = 4
-  turns: int = 4
-  open_share: float = 0.5  # Turns without options, answered in words.
+  turns: int = 3
+  open_share: float = 0.3
+  caption_share: float = 0.5
 
   def __post_init__(self):
-    if self.conversations < 1 or not 1 <= self.turns <= len(KINDS) or not 0 <= self.open_share <= 1:
+    shares = (self.open_share, self.caption_share)
+    if self.conversations < 1 or self.turns < 1 or not all(0 <= share <= 1 for share in shares):
       raise ValueError(
-        f"Dialogues need at least 1 conversation, 1 to {len(KINDS)} turns and an open_share of 0 "
-        f"to 1, got {self}."
+        f"Dialogues need at least 1 conversation, 1 turn and shares between 0 and 1, got {self}."
       )
-
-
-_DIALOGUES = Dialogues()
 
 
 @dataclass(frozen=True)
@@ -123,7 +117,7 @@ def facts(scene: Scene, kind: str) -> list[Fact]:
   """All that a question of this kind can ask about the scene."""
   events = list(enumerate(scene.events))
   if kind == "colour":
-    return [Fact(kind, (i,), f"the {e.shape}", e.colour) for i, e in events]
+    return [Fact(kind, (i,), e.shape, e.colour) for i, e in events]
   if kind == "shape":
     return [Fact(kind, (i,), e.colour, e.shape) for i, e in events]
   if kind == "place":
@@ -139,18 +133,19 @@ def facts(scene: Scene, kind: str) -> list[Fact]:
 
 
 def _names(event: Event) -> tuple[str, str]:
-  return f"the {event.shape}", f"the {event.colour} shape"
+  return event.shape, event.colour
 
 
 def word(rng: np.random.Generator, fact: Fact) -> str:
   """The fact as a question, in one of several wordings."""
-  wordings = WORDINGS[fact.kind]
-  wording = wordings[rng.integers(len(wordings))]
-  if fact.kind == "first":
+  kind = fact.kind
+  if kind == "place":
+    kind = "place of shape" if fact.cue in SHAPES else "place of colour"
+  wording = WORDINGS[kind][rng.integers(len(WORDINGS[kind]))]
+  if kind == "first":
     one, other = rng.permutation([fact.cue, fact.answer])
     return wording.format(one=one, other=other)
-  text = wording.format(cue=fact.cue)
-  return text[0].upper() + text[1:]
+  return wording.format(cue=fact.cue)
 
 
 def choices(rng: np.random.Generator, fact: Fact, letter: int) -> tuple[str, ...]:
@@ -167,22 +162,44 @@ def num_options(kind: str) -> int:
 # Training: conversations.
 
 
-def conversation(rng: np.random.Generator, scene: Scene, dialogues: Dialogues) -> list[dict]:
-  """One LLaVA conversation; every turn asks about another flash, so answers give little away."""
-  events, kinds = rng.permutation(len(scene.events)), rng.permutation(KINDS)
-  turns = []
-  for event, kind in zip(events[: dialogues.turns], kinds[: dialogues.turns], strict=True):
-    candidates = facts(scene, str(kind))
-    about = [fact for fact in candidates if event in fact.events] or candidates
+def conversation(
+  rng: np.random.Generator, scene: Scene, dialogues: Dialogues, kinds: Sequence[str] = KINDS
+) -> list[dict]:
+  """One LLaVA conversation: questions about several flashes, perhaps a caption at the end."""
+  events = rng.permutation(len(scene.events))
+  with_caption = rng.random() < dialogues.caption_share
+  turns: list[dict] = []
+  for i in range(dialogues.turns - with_caption):
+    candidates = facts(scene, kinds[int(rng.integers(len(kinds)))])
+    about = [fact for fact in candidates if events[i % len(events)] in fact.events] or candidates
     fact = about[rng.integers(len(about))]
-    question, reply = word(rng, fact), fact.answer
+    question = word(rng, fact)
     if rng.random() >= dialogues.open_share:
       letter = int(rng.integers(num_options(fact.kind)))
-      question = multiple_choice_prompt(question, choices(rng, fact, letter))
-      reply = LETTERS[letter]
-    turns += [{"from": "human", "value": question}, {"from": "gpt", "value": reply}]
+      question = choose_from_prompt(question, choices(rng, fact, letter))
+    turns += _turn(question, fact.answer)
+  if with_caption:
+    by = tuple(CAPTION_REQUESTS)[int(rng.integers(len(CAPTION_REQUESTS)))]
+    turns += _turn(CAPTION_REQUESTS[by], caption(scene, by))
   turns[0]["value"] = "<video>\n" + turns[0]["value"]
   return turns
+
+
+def _turn(question: str, answer: str) -> list[dict]:
+  return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def caption(scene: Scene, by: str) -> str:
+  """Every flash in a fixed order of its colour or its shape: `red cross top left, green ...`."""
+  known = {getattr(event, by): event for event in scene.events}
+  other = "shape" if by == "colour" else "colour"
+
+  def describe(value: str) -> str:
+    if value not in known:
+      return f"{value} nothing"
+    return f"{value} {getattr(known[value], other)} {known[value].place}"
+
+  return ", ".join(describe(value) for value in VALUES[by])
 
 
 def training_annotations(
@@ -271,12 +288,11 @@ def _fits(fact: Fact, slot: _Slot) -> bool:
 
 
 def _slots(rng: np.random.Generator, kind: str, count: int) -> list[_Slot]:
-  shapes, colours = [f"the {shape}" for shape in SHAPES], [f"the {c} shape" for c in COLOURS]
   answers, cues = {
-    "colour": (COLOURS, shapes),
+    "colour": (COLOURS, SHAPES),
     "shape": (SHAPES, COLOURS),
-    "place": (PLACES, shapes + colours),
-    "first": (shapes + colours, [None]),
+    "place": (PLACES, SHAPES + COLOURS),
+    "first": (SHAPES + COLOURS, [None]),
   }[kind]
   slots = []
   for a, answer in enumerate(rng.permutation(answers)):
@@ -333,7 +349,7 @@ def make_question_set(
   *,
   geometry: Geometry = _GEOMETRY,
   size: int = 96,
-  dialogues: Dialogues = _DIALOGUES,
+  dialogues: Dialogues = Dialogues(),
 ) -> QuestionSet:
   """Writes videos/, train.json and test.jsonl; finished videos of the same scenes are kept."""
   root = Path(workdir)

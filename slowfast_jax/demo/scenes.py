@@ -141,6 +141,12 @@ def render(scene: Scene) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     yield av.VideoFrame.from_ndarray(planes, format="yuv420p").to_ndarray(format="rgb24")
 
 
+def render_moment(scene: Scene, frame: int) -> UInt8[np.ndarray, "h w 3"]:
+  """One of the clip's frames as RGB."""
+  (planes,) = _paint(scene, [frame])
+  return av.VideoFrame.from_ndarray(planes, format="yuv420p").to_ndarray(format="rgb24")
+
+
 def write_video(scene: Scene, path: str | os.PathLike) -> None:
   """Encodes the clip as H.264 in mp4; the file appears under its name only when it is whole."""
   path = os.fspath(path)
@@ -229,13 +235,25 @@ def _event_spans(
 def _event(
   rng: np.random.Generator, shape: str, colour: str, span: tuple[float, float], size: int
 ) -> Event:
-  """Puts the flash into a random quadrant, clear of the middle lines and of the border."""
-  place = int(rng.integers(len(PLACES)))
-  radius = int(rng.integers(round(0.14 * size), round(0.19 * size) + 1))
+  """Puts the flash into a random quadrant."""
+  return place_event(rng, shape, colour, int(rng.integers(len(PLACES))), span, size)
+
+
+def place_event(
+  rng: np.random.Generator,
+  shape: str,
+  colour: str,
+  place: int,
+  span: tuple[float, float],
+  size: int,
+) -> Event:
+  """A flash near the middle of its quadrant, never across a middle line."""
+  radius = int(rng.integers(round(0.17 * size), round(0.21 * size) + 1))
+  jitter = round(0.02 * size)
   # The corner is even, because a chroma sample covers two by two pixels.
-  steps = (size // 2 - 2 * radius) // 2
-  x, y = (2 * int(rng.integers(0, steps + 1)) + radius for _ in range(2))
+  corner = [(size // 4 - radius + int(rng.integers(-jitter, jitter + 1))) // 2 * 2 for _ in "xy"]
   half = size // 4 * 2
+  x, y = (max(0, min(c, size // 2 - 2 * radius)) + radius for c in corner)
   centre = (x + half * (place % 2), y + half * (place // 2))
   return Event(shape, colour, PLACES[place], *span, centre_xy=centre, radius=radius)
 
@@ -288,8 +306,10 @@ def _yuv(colour: str) -> tuple[float, float, float]:
   return 16 + 219 * luma, 128 + 224 * (b - luma) / 1.772, 128 + 224 * (r - luma) / 1.402
 
 
-def _paint(scene: Scene) -> Iterator[UInt8[np.ndarray, "h w"]]:
-  """Frames in the encoder's own layout: the luma plane, then the two quarter-size chroma planes.
+def _paint(
+  scene: Scene, moments: Sequence[int] | None = None
+) -> Iterator[UInt8[np.ndarray, "h w"]]:
+  """All frames, or some, in the encoder's own layout: luma, then two quarter-size chroma planes.
 
   Drawing in it, not in RGB, halves the cost of a clip: the background's chroma is constant, and no
   frame has to be converted. The array is reused from frame to frame.
@@ -299,6 +319,8 @@ def _paint(scene: Scene) -> Iterator[UInt8[np.ndarray, "h w"]]:
   chroma = planes[size:].reshape(2, size // 2, size // 2)
   times = np.arange(scene.total_frames) / scene.fps
   path, light = _path(back, times, texture.shape[0] - size), _light(back, times)
+  if moments is not None:
+    times, path, light = times[moments], path[moments], light[moments]
   for time, (x, y), level in zip(times, path, light, strict=True):
     gain, offset = int(512 * level * back.contrast / 256), int(256 * level * (1 - back.contrast))
     window = texture[y : y + size, x : x + size]

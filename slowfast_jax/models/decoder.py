@@ -75,7 +75,9 @@ class SelfAttention(nnx.Module):
     self.q = Projection("...D,DNH->...NH", (D, N, H), axes, bias=bias, rngs=rngs)
     self.k = Projection("...D,DKH->...KH", (D, K, H), axes, bias=bias, rngs=rngs)
     self.v = Projection("...D,DKH->...KH", (D, K, H), axes, bias=bias, rngs=rngs)
-    self.out = Projection("...NH,NHD->...D", (N, H, D), ("heads", None, "embed"), rngs=rngs)
+    self.out = Projection(
+      "...NH,NHD->...D", (N, H, D), ("heads", None, "embed"), gain=_residual_gain(cfg), rngs=rngs
+    )
     self.q_norm = RMSNorm(H, eps=cfg.norm_eps, rngs=rngs) if cfg.qk_norm else None
     self.k_norm = RMSNorm(H, eps=cfg.norm_eps, rngs=rngs) if cfg.qk_norm else None
 
@@ -94,7 +96,9 @@ class GatedMLP(nnx.Module):
     D, M = cfg.width, cfg.mlp_width
     self.gate = Projection("...D,DM->...M", (D, M), ("embed", "mlp"), rngs=rngs)
     self.up = Projection("...D,DM->...M", (D, M), ("embed", "mlp"), rngs=rngs)
-    self.down = Projection("...M,MD->...D", (M, D), ("mlp", "embed"), rngs=rngs)
+    self.down = Projection(
+      "...M,MD->...D", (M, D), ("mlp", "embed"), gain=_residual_gain(cfg), rngs=rngs
+    )
 
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
@@ -203,6 +207,11 @@ class Decoder(nnx.Module):
     """Float32 scores of the vocabulary."""
     scores = self.embed.attend(hidden) if self.head is None else self.head(hidden)
     return scores.astype(jnp.float32)
+
+
+def _residual_gain(cfg: DecoderConfig) -> float:
+  """2 L branches add to the residual; together they start at the variance of one."""
+  return (2 * cfg.num_layers) ** -0.5
 
 
 def _runs(num_layers: int, hybrid: list[int]) -> list[tuple[int, int, bool]]:

@@ -85,8 +85,15 @@ class HybridAdapter(nnx.Module):
       bias=decoder.qkv_bias,
       rngs=rngs,
     )
+    # The gate starts open at every position: the warm-up factor alone keeps it shut.
     self.gate = Projection(
-      "...NH,NHo->...o", (N, H, 1), ("heads", None, None), bias=True, rngs=rngs
+      "...NH,NHo->...o",
+      (N, H, 1),
+      ("heads", None, None),
+      bias=True,
+      gain=0.1,
+      bias_start=1.0,
+      rngs=rngs,
     )
     self.warm_up = make_param(nnx.initializers.zeros, rngs, (1,), (None,))
 

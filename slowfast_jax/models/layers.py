@@ -14,6 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+# Standard deviation of fresh token embeddings, of words and of pictures alike. Much smaller, and
+# what the first layers add would drown which token it is.
+TOKEN_SCALE = 0.3
+
 M = TypeVar("M", bound=nnx.Module)
 
 
@@ -30,7 +34,7 @@ class Projection(nnx.Module):
   """A linear map written as an einsum, e.g. "...D,DNH->...NH", with an optional bias.
 
   Axes of the kernel that the equation contracts are inputs; the others are outputs and carry the
-  bias. Kernels start at variance 1 / fan-in.
+  bias. Kernels start at a standard deviation of gain / sqrt(fan-in), biases at a constant.
   """
 
   def __init__(
@@ -40,6 +44,8 @@ class Projection(nnx.Module):
     axes: tuple[str | None, ...],
     *,
     bias: bool = False,
+    gain: float = 1.0,
+    bias_start: float = 0.0,
     rngs: nnx.Rngs,
   ):
     self.equation = equation
@@ -48,12 +54,12 @@ class Projection(nnx.Module):
     outputs = tuple(i for i, letter in enumerate(letters) if letter in out)
     inputs = tuple(i for i in range(len(letters)) if i not in outputs)
     init = nnx.initializers.variance_scaling(
-      1.0, "fan_in", "truncated_normal", in_axis=inputs, out_axis=outputs
+      gain**2, "fan_in", "truncated_normal", in_axis=inputs, out_axis=outputs
     )
     self.kernel = make_param(init, rngs, shape, axes)
     self.bias = (
       make_param(
-        nnx.initializers.zeros,
+        nnx.initializers.constant(bias_start),
         rngs,
         tuple(shape[i] for i in outputs),
         tuple(axes[i] for i in outputs),
@@ -100,7 +106,7 @@ class Embedding(nnx.Module):
   """Token ids to vectors; `attend` is the tied output projection."""
 
   def __init__(self, num_embeddings: int, size: int, *, rngs: nnx.Rngs):
-    init = nnx.initializers.normal(size**-0.5)
+    init = nnx.initializers.normal(TOKEN_SCALE)
     self.embedding = make_param(init, rngs, (num_embeddings, size), ("vocab", "embed"))
 
   def __call__(self, ids: Int[Array, "*L"], dtype: jnp.dtype) -> Float[Array, "*L D"]:

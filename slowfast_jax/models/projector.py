@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from slowfast_jax.models.layers import Projection
+from slowfast_jax.models.layers import TOKEN_SCALE, Projection
 
 
 def projector_depth(kind: str) -> int:
@@ -29,9 +29,11 @@ class Projector(nnx.Module):
 
   def __init__(self, kind: str, in_width: int, out_width: int, *, rngs: nnx.Rngs):
     widths = [in_width] + [out_width] * projector_depth(kind)
+    # Visual tokens enter the decoder at the size of its words.
+    gains = [1.0] * (len(widths) - 2) + [TOKEN_SCALE]
     self.layers = nnx.List(
-      Projection("...E,ED->...D", (e, d), (None, "embed"), bias=True, rngs=rngs)
-      for e, d in zip(widths, widths[1:])
+      Projection("...E,ED->...D", (e, d), (None, "embed"), bias=True, gain=gain, rngs=rngs)
+      for e, d, gain in zip(widths, widths[1:], gains)
     )
 
   def __call__(self, x: Float[Array, "*L E"]) -> Float[Array, "*L D"]:

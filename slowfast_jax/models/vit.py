@@ -80,6 +80,9 @@ class ViTBlock(nnx.Module):
   def __init__(self, cfg: ViTConfig, *, rngs: nnx.Rngs):
     E, N, M = cfg.width, cfg.num_heads, cfg.mlp_width
     H = E // N
+    gain = (
+      2 * cfg.num_layers
+    ) ** -0.5  # As in the decoder: the branches together add one variance.
     self.family = cfg.family
     self.norm1 = LayerNorm(E, eps=cfg.norm_eps, rngs=rngs)
     axes = ("embed", "heads", None)
@@ -87,11 +90,13 @@ class ViTBlock(nnx.Module):
     self.k = Projection("...E,ENH->...NH", (E, N, H), axes, bias=True, rngs=rngs)
     self.v = Projection("...E,ENH->...NH", (E, N, H), axes, bias=True, rngs=rngs)
     self.out = Projection(
-      "...NH,NHE->...E", (N, H, E), ("heads", None, "embed"), bias=True, rngs=rngs
+      "...NH,NHE->...E", (N, H, E), ("heads", None, "embed"), bias=True, gain=gain, rngs=rngs
     )
     self.norm2 = LayerNorm(E, eps=cfg.norm_eps, rngs=rngs)
     self.fc1 = Projection("...E,EM->...M", (E, M), ("embed", "mlp"), bias=True, rngs=rngs)
-    self.fc2 = Projection("...M,ME->...E", (M, E), ("mlp", "embed"), bias=True, rngs=rngs)
+    self.fc2 = Projection(
+      "...M,ME->...E", (M, E), ("mlp", "embed"), bias=True, gain=gain, rngs=rngs
+    )
 
   def __call__(self, x: Float[Array, "B P E"]) -> Float[Array, "B P E"]:
     y = self.norm1(x)

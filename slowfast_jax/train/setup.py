@@ -156,6 +156,7 @@ def geometry_of(model: SlowFastConfig, data: Mapping[str, Any]) -> Geometry:
     temporal_stride=compressor.temporal_stride,
     min_fast_frames=compressor.min_fast_frames,
     query_set="text-only" if model.hybrid is None else model.hybrid.queries,
+    slow=bool(model.hybrid_layers),
   )
   fast = geometry.num_fast_tokens(geometry.num_frames)
   if fast >= geometry.decoder_length:
