@@ -225,13 +225,15 @@ def load_export(folder: str | os.PathLike, mesh: Mesh | None = None) -> Export:
   """Opens an export.
 
   Args:
-    folder: what `save_export` wrote.
+    folder: what `save_export` wrote, or the folder of a run that has it as `export`.
     mesh: where the parameters go; None: the first device.
 
   Raises:
     UserError: the folder is none, or a part of it is missing or damaged.
   """
   source = epath.Path(folder).absolute()
+  if not (source / CONFIG_FILE).exists() and (source / "export" / CONFIG_FILE).exists():
+    source = source / "export"
   model, video, system = _parse_config(_read_config(source), source / CONFIG_FILE)
   tokenizer = _load_tokenizer(source)
   mesh = make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
@@ -254,11 +256,10 @@ def _read_config(folder: epath.Path) -> dict[str, Any]:
   if not folder.is_dir():
     raise UserError(f"{folder}: there is no such folder; give one that `slowfast train` exported.")
   if not file.exists():
-    if (folder / "export" / CONFIG_FILE).exists():
-      hint = f"did you mean {folder / 'export'}?"
-    else:
-      hint = "give the folder `export` of a finished `slowfast train --workdir`."
-    raise UserError(f"{folder}: not an export, it has no {CONFIG_FILE}; {hint}")
+    raise UserError(
+      f"{folder}: not an export, it has no {CONFIG_FILE}; give the --workdir of a `slowfast train` "
+      "that has finished."
+    )
   try:
     config = json.loads(file.read_text())
   except ValueError as error:

@@ -17,7 +17,6 @@ class Progress:
   """How far work has come, how fast, how long it will take, and what went wrong so far.
 
   `with Progress("Preparing", "videos") as progress: progress(done, total, errors)`
-  The third argument may also be a text that is shown as it stands.
 
   Args:
     title: what is being done.
@@ -28,7 +27,7 @@ class Progress:
   def __init__(self, title: str, unit: str, enabled: bool = True):
     self._title, self._unit, self._enabled = title, unit, enabled
     self._pace = _Pace()
-    self._last: tuple[int, int, int | str] = (0, 0, 0)
+    self._last = (0, 0, 0, "")
     self._next_line = time.monotonic() + _LINE_INTERVAL
     self._bar: RichProgress | None = None
 
@@ -53,15 +52,9 @@ class Progress:
     elif self._enabled and exception_type is None:
       self._print_line()
 
-  def __call__(self, done: int, total: int, more: int | str = 0) -> None:
-    """Tells how much of the work is done; the first call, what was done before it began.
-
-    Args:
-      done: how much.
-      total: of how much.
-      more: errors so far, or a text.
-    """
-    self._last = (done, total, more)
+  def __call__(self, done: int, total: int, errors: int = 0, text: str = "") -> None:
+    """Tells how much of the work is done; the first call, what was done before it began."""
+    self._last = (done, total, errors, text)
     self._pace.update(done)
     if self._bar is not None:
       task: Task = self._bar.tasks[0]
@@ -76,19 +69,19 @@ class Progress:
       print(line, flush=True)
 
   def _print_line(self) -> None:
-    done, total, _ = self._last
+    done, total, _, _ = self._last
     print(f"{self._title}: {done}/{total} {self._describe_pace()}", flush=True)
 
   def _describe_pace(self) -> str:
-    done, total, more = self._last
+    done, total, errors, text = self._last
     rate = self._pace.rate()
     parts = [f"{self._unit}, {rate:.3g} a second" if rate else self._unit]
     if rate and done < total:
       parts.append(f"{_duration((total - done) / rate)} left")
-    if isinstance(more, str):
-      parts += [more] if more else []
-    elif more:
-      parts.append(f"{more} errors" if more > 1 else "1 error")
+    if errors:
+      parts.append(f"{errors} errors" if errors > 1 else "1 error")
+    if text:
+      parts.append(text)
     return ", ".join(parts)
 
 

@@ -36,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   config = load_config(args.config, args.overrides)
   with Progress("Training", "steps", enabled=jax.process_index() == 0) as progress:
-    code = train(config, args.workdir, progress, progress.say)
+
+    def show(done: int, total: int, text: str) -> None:
+      progress(done, total, text=text)
+
+    code = train(config, args.workdir, show, progress.say)
   if code == PREEMPTED:
     print("stopped by SIGTERM and saved; the same command goes on")
   return code

@@ -43,5 +43,5 @@ def test_a_stopped_run_exits_with_42_and_says_so(calls, capsys):
 def test_only_the_first_process_shows_anything(capsys):
   with Progress("Training", "steps", enabled=False) as progress:
     progress.say("hello")
-    progress(1, 1, "loss")
+    progress(1, 1, text="loss")
   assert capsys.readouterr().out == ""

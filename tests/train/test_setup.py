@@ -12,6 +12,7 @@ from slowfast_jax.checkpoints.store import flatten, load_export, save_export
 from slowfast_jax.data.tokenizer import train_tokenizer
 from slowfast_jax.errors import UserError
 from slowfast_jax.models.presets import PRESETS
+from slowfast_jax.models.slowfast import CompressorConfig
 from slowfast_jax.sharding import make_mesh
 from slowfast_jax.train.setup import (
   check_batch,
@@ -69,7 +70,9 @@ def test_model_config_is_the_preset_with_the_changes(data):
 )
 def test_the_geometry_counts_tokens_as_the_model_makes_them(changes, num_frames, tokens):
   demo = PRESETS["demo"]
-  model = dataclasses.replace(demo, compressor=dataclasses.replace(demo.compressor, **changes))
+  vision = dataclasses.replace(demo.vision, image_size=64, patch_size=16)
+  compressor = CompressorConfig(min_fast_frames=4, **changes)
+  model = dataclasses.replace(demo, vision=vision, compressor=compressor)
   bounds = {"num_frames": num_frames, "decoder_length": 500, "text_bound": 100}
   geometry = geometry_of(model, bounds)
   assert geometry.tokens_per_frame == tokens
@@ -171,16 +174,22 @@ def test_a_batch_is_laid_out_by_rows(data, sizes, num_devices):
 
 
 def test_the_seed_decides_the_first_state(data, plain_export):
-  five = numbers(load_export(plain_export).params)
-  for seed, equal in ((5, True), (6, False)):
-    setup = open_setup(tiny_config(data, FAST_ONLY, f"seed={seed}"))
-    kernel = numbers(initial_state(setup).params)["decoder.layers.mlp.up.kernel"]
-    assert np.array_equal(kernel, five["decoder.layers.mlp.up.kernel"]) == equal
+  setup = open_setup(tiny_config(data, FAST_ONLY, "seed=6"))
+  six = numbers(initial_state(setup).params)["decoder.layers.mlp.up.kernel"]
+  five = numbers(load_export(plain_export).params)["decoder.layers.mlp.up.kernel"]
+  assert np.std(six) == pytest.approx(np.std(five), rel=0.1)
+  assert not np.any(six == five)
 
 
-def test_a_slow_path_is_added_to_an_export_that_has_none(data, plain_export):
+@pytest.fixture(scope="module")
+def hybrid(data, plain_export):
+  """The slow path added to the plain model, and the setup that it was added by."""
   setup = open_setup(tiny_config(data, f"train.init_from={plain_export}", "data.tokenizer="))
-  state = initial_state(setup)
+  return setup, initial_state(setup)
+
+
+def test_a_slow_path_is_added_to_an_export_that_has_none(hybrid, plain_export):
+  setup, state = hybrid
   given, got = numbers(load_export(plain_export).params), numbers(state.params)
   for name in given:
     np.testing.assert_array_equal(got[name], given[name], err_msg=name)
@@ -198,19 +207,19 @@ def test_a_slow_path_is_added_to_an_export_that_has_none(data, plain_export):
   assert len(leaf.sharding.device_set) == jax.device_count()
 
 
-def test_an_export_of_the_same_model_is_taken_whole(data, tmp_path):
-  setup = open_setup(tiny_config(data, "seed=9"))
-  params = initial_state(setup).params
+@pytest.mark.parametrize("overrides", [[], [FAST_ONLY]])
+def test_an_export_gives_all_that_the_model_has(hybrid, data, tmp_path, overrides):
+  setup, state = hybrid
+  # Other numbers in the adapters than they would start with.
+  params = jax.tree.map(lambda x: x + 1, state.params)
   save_export(tmp_path / "export", setup.export(params))
-  same = open_setup(tiny_config(data, f"train.init_from={tmp_path / 'export'}"))
-  expected, got = numbers(params), numbers(initial_state(same).params)
-  assert expected.keys() == got.keys()
+  config = tiny_config(data, f"train.init_from={tmp_path / 'export'}", *overrides)
+  expected, got = numbers(params), numbers(initial_state(open_setup(config)).params)
+  if overrides:
+    expected = {name: x for name, x in expected.items() if not name.startswith("adapters.")}
+  assert got.keys() == expected.keys()
   for name in expected:
     np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
-  # And the slow path can be left out again.
-  init = f"train.init_from={tmp_path / 'export'}"
-  plain = numbers(initial_state(open_setup(tiny_config(data, init, FAST_ONLY))).params)
-  assert plain.keys() == {name for name in expected if not name.startswith("adapters.")}
 
 
 @pytest.mark.parametrize(
