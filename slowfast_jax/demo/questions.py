@@ -25,6 +25,7 @@ from slowfast_jax.demo.scenes import (
   Scene,
   is_written,
   make_scene,
+  time_of_day,
   write_video,
 )
 from slowfast_jax.eval.tasks.prompts import LETTERS, choose_from_prompt
@@ -190,14 +191,15 @@ def _turn(question: str, answer: str) -> list[dict]:
 
 
 def caption(scene: Scene, by: str) -> str:
-  """Every flash in a fixed order of its colour or its shape: `red cross top left, green ...`."""
+  """Every flash in a fixed order of its colour or its shape: `red cross dawn top left, ...`."""
   known = {getattr(event, by): event for event in scene.events}
   other = "shape" if by == "colour" else "colour"
 
   def describe(value: str) -> str:
     if value not in known:
       return f"{value} nothing"
-    return f"{value} {getattr(known[value], other)} {known[value].place}"
+    event = known[value]
+    return f"{value} {getattr(event, other)} {time_of_day(scene, event)} {event.place}"
 
   return ", ".join(describe(value) for value in VALUES[by])
 

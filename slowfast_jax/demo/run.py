@@ -19,6 +19,7 @@ import ml_collections
 
 from slowfast_jax.checkpoints.store import load_export, save_export
 from slowfast_jax.config import load_config
+from slowfast_jax.data.chat import SYSTEM_PROMPT
 from slowfast_jax.data.prepare import prepare
 from slowfast_jax.data.prepare_config import PrepareConfig
 from slowfast_jax.data.records import RecordSource
@@ -101,10 +102,12 @@ class Demo:
       with self.watch("Making videos", "videos") as progress:
         make_question_set(
           self.root, size.num_train, size.num_test, self.seed, progress=progress,
-          dialogues=Dialogues(turns=4),
+          dialogues=Dialogues(turns=3),
         )  # fmt: skip
       stills = write_stills(self.root / "stills", size.num_stills, self.seed, Dialogues(turns=1))
       texts = [turn["value"] for path in (self.questions.train, stills) for turn in _turns(path)]
+      # As often as there are turns, so that the template's own words become single tokens too.
+      texts += [f"system\n{SYSTEM_PROMPT}", "user\n", "assistant\n"] * len(texts)
       train_tokenizer(texts, PRESETS["demo"].decoder.vocab_size).save(self.root / "tokenizer")
 
   def prepare(self) -> None:
@@ -127,7 +130,7 @@ class Demo:
       return
     tokenizer = Tokenizer.from_dir(self.root / "tokenizer")
     source = RecordSource(self.root / "stills/records")
-    words = COLOURS + SHAPES
+    words = (*COLOURS, *SHAPES, "top", "bottom", "left", "right")
     with self._clock.stage("align encoder"), self.watch("Aligning encoder", "steps") as progress:
       export = align(
         self.config("pretrain"),

@@ -28,6 +28,7 @@ from slowfast_jax.data.video import frame_indices
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = ("red", "green", "blue", "yellow")
+TIMES = ("night", "dawn", "morning", "noon")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 _RGB = {
   "red": (235, 30, 30),
@@ -103,6 +104,12 @@ class Scene:
   def fingerprint(self) -> str:
     """Names the scene and the way it is drawn; the video file carries it."""
     return hashlib.sha256(f"{_RENDERER} {_QUANTIZER} {self!r}".encode()).hexdigest()[:16]
+
+
+def time_of_day(scene: Scene, event: Event) -> str:
+  """The quarter of its day, that is of the clip, in which a flash begins."""
+  quarter = int(len(TIMES) * max(event.start, 0.0) / scene.duration)
+  return TIMES[min(quarter, len(TIMES) - 1)]
 
 
 def sample_times(scene: Scene, geometry: Geometry) -> Float[np.ndarray, " F"]:

@@ -38,20 +38,21 @@ def make_still(seed: int, size: int = 96) -> tuple[Scene, UInt8[np.ndarray, "h w
   scene = make_scene(_FIRST_SEED + seed, Geometry(), size)
   count = int(rng.integers(1, len(SHAPES) + 1))
   looks = zip(rng.permutation(SHAPES), rng.permutation(COLOURS), rng.permutation(len(PLACES)))
-  whole = (0.0, scene.duration)
+  frame = int(rng.integers(scene.total_frames))
+  moment = ((frame - 0.5) / scene.fps, (frame + 0.5) / scene.fps)
   events = tuple(
-    place_event(rng, str(shape), str(colour), int(place), whole, size)
+    place_event(rng, str(shape), str(colour), int(place), moment, size)
     for shape, colour, place in list(looks)[:count]
   )
   scene = dataclasses.replace(scene, events=events)
-  return scene, render_moment(scene, int(rng.integers(scene.total_frames)))
+  return scene, render_moment(scene, frame)
 
 
 def regions(scene: Scene) -> list[list[str]]:
   """The words that describe each quadrant of a still, row by row."""
   words: list[list[str]] = [[] for _ in PLACES]
   for event in scene.events:
-    words[PLACES.index(event.place)] = [event.colour, event.shape]
+    words[PLACES.index(event.place)] = [event.colour, event.shape, *event.place.split()]
   return words
 
 

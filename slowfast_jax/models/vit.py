@@ -119,7 +119,8 @@ class ViT(nnx.Module):
     self.patch = Projection(
       "...hwC,hwCE->...E", (p, p, 3, E), (None, None, None, "embed"), bias=siglip, rngs=rngs
     )
-    init = nnx.initializers.normal(E**-0.5)
+    # As loud as a patch: slow tokens have no other sign of where in the picture they are.
+    init = nnx.initializers.normal(1.0)
     num_positions = cfg.tokens_per_frame + (0 if siglip else 1)
     self.position = make_param(init, rngs, (num_positions, E), (None, "embed"))
     self.class_token = None if siglip else make_param(init, rngs, (E,), ("embed",))
