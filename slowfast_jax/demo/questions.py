@@ -191,7 +191,7 @@ def _turn(question: str, answer: str) -> list[dict]:
 
 
 def caption(scene: Scene, by: str) -> str:
-  """Every flash in a fixed order of its colour or its shape: `red cross dawn top left, ...`."""
+  """Every flash in a fixed order of its colour or its shape: `red cross dawn northwest, ...`."""
   known = {getattr(event, by): event for event in scene.events}
   other = "shape" if by == "colour" else "colour"
 

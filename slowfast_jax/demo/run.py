@@ -130,7 +130,7 @@ class Demo:
       return
     tokenizer = Tokenizer.from_dir(self.root / "tokenizer")
     source = RecordSource(self.root / "stills/records")
-    words = (*COLOURS, *SHAPES, "top", "bottom", "left", "right")
+    words = COLOURS + SHAPES
     with self._clock.stage("align encoder"), self.watch("Aligning encoder", "steps") as progress:
       export = align(
         self.config("pretrain"),

@@ -29,7 +29,8 @@ from slowfast_jax.data.video import frame_indices
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = ("red", "green", "blue", "yellow")
 TIMES = ("night", "dawn", "morning", "noon")
-PLACES = ("top left", "top right", "bottom left", "bottom right")
+# As on a map, and a single word each: two words are learned one after the other.
+PLACES = ("northwest", "northeast", "southwest", "southeast")
 _RGB = {
   "red": (235, 30, 30),
   "green": (20, 200, 50),

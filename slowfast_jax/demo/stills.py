@@ -27,7 +27,8 @@ from slowfast_jax.demo.scenes import (
   render_moment,
 )
 
-KINDS = ("colour", "shape", "place")
+# Places twice: where a thing is takes longer to learn than what it is.
+KINDS = ("colour", "shape", "place", "place")
 # Seeds far from those of every video split.
 _FIRST_SEED = 10**9
 
@@ -52,7 +53,7 @@ def regions(scene: Scene) -> list[list[str]]:
   """The words that describe each quadrant of a still, row by row."""
   words: list[list[str]] = [[] for _ in PLACES]
   for event in scene.events:
-    words[PLACES.index(event.place)] = [event.colour, event.shape, *event.place.split()]
+    words[PLACES.index(event.place)] = [event.colour, event.shape]
   return words
 
 

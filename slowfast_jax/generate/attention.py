@@ -33,6 +33,7 @@ class SlowAttention:
     question: positions of the last question: its text behind the video, up to the reply.
     reply: positions of the reply's tokens.
     layers: depths of the hybrid layers.
+    relevance: attention times its effect on the reply's first token, see `attend`.
   """
 
   weights: Float[np.ndarray, "A N X F"]
@@ -41,54 +42,80 @@ class SlowAttention:
   question: Bool[np.ndarray, " X"]
   reply: Bool[np.ndarray, " X"]
   layers: tuple[int, ...]
+  relevance: Float[np.ndarray, "A N X F"]
 
-  def profile(self, positions: Bool[np.ndarray, " X"] | None = None) -> Float[np.ndarray, " F"]:
-    """Attention over time: the mean over layers, heads and positions, weighted by the gates.
-
-    Args:
-      positions: which ones count; None: the question's.
-    """
-    chosen = self.question if positions is None else positions
-    gates = self.gates * chosen
-    if not gates.any():  # Nothing is let in yet, but it is read all the same.
-      gates = np.broadcast_to(chosen, self.gates.shape).astype(np.float32)
-    profile = np.einsum("AX,ANXF->F", gates, self.weights)
-    return (profile / profile.sum()).astype(np.float32)
+  def profile(self) -> Float[np.ndarray, " F"]:
+    """Where in time the answer came from: relevance by frame; uniform where nothing mattered."""
+    total = self.relevance.sum(axis=(0, 1, 2))
+    even = np.full_like(total, 1 / len(total))
+    return (total / total.sum() if total.any() else even).astype(np.float32)
 
 
 def attend(
-  model: SlowFast, prompts: Prompts, visual: Visual, tokens_per_frame: int
-) -> tuple[Float[Array, "A B N X F"], Float[Array, "A B X"]]:
-  """Attention to frames, and |g|, at every hybrid layer; zeros where a position queries nothing."""
-  T = prompts.tokens.shape[1]
-  query, adapters = query_of(prompts.text_index, visual), model.adapters
-  if visual.kv is None or query is None or adapters is None:
+  model: SlowFast,
+  prompts: Prompts,
+  visual: Visual,
+  tokens_per_frame: int,
+  asked: Int[Array, " B"],
+) -> tuple[Float[Array, "A B N X F"], Float[Array, "A B X"], Float[Array, "A B N X F"]]:
+  """Attention to frames, |g|, and the relevance of the attention, at every hybrid layer.
+
+  Relevance is attention times its effect on the answer, the positive part of A * dlog p / dA
+  (Chefer et al., arXiv 2103.15679), with p the probability of the likeliest token at `asked`, the
+  last position of each prompt. All are zero where a position queries nothing.
+  """
+  T, query, kv = prompts.tokens.shape[1], query_of(prompts.text_index, visual), visual.kv
+  adapters = model.adapters
+  if kv is None or query is None or adapters is None:
     raise ValueError("Attention to slow tokens needs hybrid layers and a video.")
-  seen: list[tuple[Array, Array]] = []
-
-  def watched(i: int, read: ReadSlow, keys: Array, query: SlowQuery) -> ReadSlow:
-    adapter = layer_of(adapters, i)
-
-    def hook(q, o):
-      index = jnp.maximum(query.text_index, 0)[:, :, None, None]
-      weights = slow_weights(jnp.take_along_axis(q, index, axis=1), keys, query)
-      gates = adapter.gate_values(jnp.take_along_axis(o, index, axis=1))[..., 0]
-      frames = einops.reduce(weights, "B N X (F P) -> B N X F", "sum", P=tokens_per_frame)
-      seen.append((frames, jnp.abs(gates) * query.q_segments))
-      return read(q, o)
-
-    return hook
-
-  readers = {
-    depth: watched(i, read, visual.kv.k[i], query)
-    for i, (depth, read) in enumerate(model.readers(visual.kv, query).items())
-  }
   x = embed_prompts(model, prompts, visual)
   valid = jnp.arange(T) < prompts.lengths[:, None]
   positions = jnp.broadcast_to(jnp.arange(T), valid.shape)
-  model.decoder(x, positions, causal_mask(valid.astype(jnp.int32)), readers=readers)
-  weights, gates = (jnp.stack(part) for part in zip(*seen))
-  return weights, gates.astype(jnp.float32)
+  mask = causal_mask(valid.astype(jnp.int32))
+
+  def log_prob(changes: Float[Array, "A B N X S"]):
+    seen: list[tuple[Array, Array]] = []
+
+    def reader(i: int) -> ReadSlow:
+      adapter = layer_of(adapters, i)
+
+      def attention(q, k, v, query):
+        weights = slow_weights(q, k, query)
+        seen.append((weights, q))
+        return mix(weights + changes[i], v).astype(q.dtype)
+
+      def hook(q, o):
+        read = adapter(q, o, (kv.k[i], kv.v[i]), query, attention)
+        index = jnp.maximum(query.text_index, 0)[:, :, None, None]
+        gates = adapter.gate_values(jnp.take_along_axis(o, index, axis=1))[..., 0]
+        seen[-1] = (seen[-1][0], jnp.abs(gates) * query.q_segments)
+        return read
+
+      return hook
+
+    readers = {depth: reader(i) for i, depth in enumerate(model.cfg.hybrid_layers)}
+    hidden, _ = model.decoder(x, positions, mask, readers=readers)
+    last = jnp.take_along_axis(hidden, asked[:, None, None], axis=1)[:, 0]
+    best = jnp.max(jax.nn.log_softmax(model.decoder.logits(last)), axis=-1)
+    weights, gates = (jnp.stack(part) for part in zip(*seen))
+    return jnp.sum(best), (weights, gates)
+
+  A, N = len(model.cfg.hybrid_layers), model.cfg.decoder.num_heads
+  shape = (A, x.shape[0], N, query.text_index.shape[1], query.kv_segments.shape[1])
+  effect, (weights, gates) = jax.grad(log_prob, has_aux=True)(jnp.zeros(shape))
+
+  def by_frame(values):
+    return einops.reduce(values, "A B N X (F P) -> A B N X F", "sum", P=tokens_per_frame)
+
+  relevance = by_frame(jax.nn.relu(weights * effect))
+  return by_frame(weights), gates.astype(jnp.float32), relevance
+
+
+def mix(weights: Float[Array, "B N X S"], v: Float[Array, "B S K H"]) -> Float[Array, "B X N H"]:
+  """Values under given attention weights, grouped heads."""
+  grouped = einops.rearrange(weights, "B (K G) X S -> B K G X S", K=v.shape[2])
+  mixed = jnp.einsum("BKGXS,BSKH->BXKGH", grouped, v.astype(jnp.float32))
+  return einops.rearrange(mixed, "B X K G H -> B X (K G) H")
 
 
 def slow_weights(

@@ -254,8 +254,9 @@ class Engine:
     if session.kv is None:
       raise UserError("This model has no hybrid layers: it reads no slow tokens.")
     built, visual = self.build([[*ids, *reply]], [session])
-    weights, gates = self._attend(
-      prompts=built, visual=visual, tokens_per_frame=session.slow.shape[2]
+    asked = np.maximum(np.asarray(built.lengths) - len(reply) - 1, 0)
+    weights, gates, relevance = self._attend(
+      prompts=built, visual=visual, tokens_per_frame=session.slow.shape[2], asked=asked
     )
     index = np.asarray(built.text_index)[0]
     index = index[index >= 0]
@@ -272,6 +273,7 @@ class Engine:
       behind & ~replied,
       replied,
       self.export.model.hybrid_layers,
+      np.asarray(relevance)[:, 0, :, : len(index), : session.num_frames],
     )
 
   def build(

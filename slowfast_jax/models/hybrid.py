@@ -6,6 +6,7 @@ model's parameters, so any decoder of the family can be given a slow path.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import einops
 import jax
@@ -71,6 +72,22 @@ class SlowQuery:
   kv_segments: Int[Array, "B S"]
 
 
+# (queries, keys, values, who reads what) -> what is read.
+SlowRead = Callable[[Array, Array, Array, SlowQuery], Array]
+
+
+def read_slow(
+  q: Float[Array, "B X N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  query: SlowQuery,
+) -> Float[Array, "B X N H"]:
+  """Cross-attention of every querying position to the slow tokens of its own sample."""
+  return cross_attention(
+    q, k, v, q_segments=query.q_segments, kv_segments=query.kv_segments, return_lse=False
+  )
+
+
 class HybridAdapter(nnx.Module):
   """Slow keys and values, and the gate, of one hybrid layer."""
 
@@ -119,18 +136,13 @@ class HybridAdapter(nnx.Module):
     o: Float[Array, "B T N H"],
     kv: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]],
     query: SlowQuery,
+    attention: SlowRead | None = None,
   ) -> Float[Array, "B T N H"]:
-    """`o + g * c` at the querying positions, `o` elsewhere."""
+    """`o + g * c` at the querying positions, `o` elsewhere; c comes from `attention`."""
     index = jnp.maximum(query.text_index, 0)[:, :, None, None]
     q_BXNH = jnp.take_along_axis(q, index, axis=1)
     o_BXNH = jnp.take_along_axis(o, index, axis=1)
-    c_BXNH = cross_attention(
-      q_BXNH,
-      *kv,
-      q_segments=query.q_segments,
-      kv_segments=query.kv_segments,
-      return_lse=False,
-    )
+    c_BXNH = (attention or read_slow)(q_BXNH, *kv, query)
     read = self.gate_values(o_BXNH)[..., None] * c_BXNH
     # Index T lies outside and is dropped: positions of padding change nothing.
     target = jnp.where(query.text_index < 0, q.shape[1], query.text_index)

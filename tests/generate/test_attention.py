@@ -101,16 +101,30 @@ def test_a_reply_does_not_change_what_the_question_read(engine, session):
   np.testing.assert_allclose(without.profile(), with_reply.profile(), atol=1e-6)
 
 
-def test_the_profile_weighs_by_gates():
-  weights = np.array([[[[1, 0], [0, 1], [0.5, 0.5]]]], np.float32)  # One layer, one head.
-  yes, no = np.array([True, True, False]), np.array([False, False, True])
+def test_the_profile_is_the_relevance_by_frame():
+  relevance = np.array([[[[3, 0], [0, 1], [0, 0]]]], np.float32)  # One layer, one head.
+  all_of_them = np.ones(3, bool)
   seen = SlowAttention(
-    weights, np.array([[0.3, 0.1, 9.0]], np.float32), np.arange(3), yes, no, layers=(0,)
+    relevance / 3,
+    np.ones((1, 3), np.float32),
+    np.arange(3),
+    all_of_them,
+    ~all_of_them,
+    layers=(0,),
+    relevance=relevance,
   )
   np.testing.assert_allclose(seen.profile(), [0.75, 0.25], atol=1e-6)
-  np.testing.assert_allclose(seen.profile(no), [0.5, 0.5], atol=1e-6)
-  shut = dataclasses.replace(seen, gates=np.zeros((1, 3), np.float32))
-  np.testing.assert_allclose(shut.profile(), [0.5, 0.5], atol=1e-6)
+  nothing = dataclasses.replace(seen, relevance=0 * relevance)
+  np.testing.assert_allclose(nothing.profile(), [0.5, 0.5], atol=1e-6)
+
+
+def test_relevance_is_attention_times_its_effect(engine, session):
+  ids = engine.prompt_ids(QUESTION, session)
+  seen = engine.slow_attention(ids, session)
+  assert (seen.relevance >= 0).all()
+  assert seen.relevance.any()
+  # Frames without attention cannot matter, and a shut gate lets nothing matter.
+  assert (seen.relevance[seen.weights == 0] == 0).all()
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])
