@@ -6,13 +6,15 @@ Model code names axes ("embed", "heads", "batch"); nothing there knows the mesh.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from slowfast_jax.errors import UserError
+
+T = TypeVar("T")
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
@@ -40,9 +42,9 @@ def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
     raise UserError(f"mesh: unknown axes {sorted(unknown)}; choose from {MESH_AXES}.")
   shape = [sizes.get(axis, 1) for axis in MESH_AXES]
   known = math.prod(size for size in shape if size != -1)
-  if shape.count(-1) == 1 and len(devices) % known == 0:
+  if shape.count(-1) == 1 and known > 0 and len(devices) % known == 0:
     shape[shape.index(-1)] = len(devices) // known
-  if -1 in shape or math.prod(shape) != len(devices):
+  if min(shape) < 1 or math.prod(shape) != len(devices):
     raise UserError(
       f"mesh: {dict(zip(MESH_AXES, shape))} does not multiply to {len(devices)} devices; "
       f"for instance mesh.data={len(devices)} with every other axis 1 does."
@@ -74,22 +76,25 @@ def sharding_of(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh
 def state_shardings(state: Any, mesh: Mesh) -> Any:
   """Where each leaf of a state lives: parameters by their logical axes, all else replicated.
 
-  Optimiser moments have the same Variables as the parameters and so land beside them.
+  Shapes are enough, as of `jax.eval_shape`. Optimiser moments have the same Variables as the
+  parameters and so land beside them.
   """
 
   def of(leaf: Any) -> Any:
     if not isinstance(leaf, nnx.Variable):
       return NamedSharding(mesh, PartitionSpec())
     axes = leaf.get_metadata().get("axes", ())
-    return leaf.replace(sharding_of(axes, leaf[...].shape, mesh))
+    return leaf.replace(sharding_of(axes, leaf.get_value().shape, mesh))
 
   return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def sharded_init(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
+def sharded_init(
+  init: Callable[..., T], mesh: Mesh, *args: Any, compiler_options: dict[str, Any] | None = None
+) -> T:
   """Runs `init(*args)` with every leaf created directly on its own devices."""
   shardings = state_shardings(jax.eval_shape(init, *args), mesh)
-  return jax.jit(init, out_shardings=shardings)(*args)
+  return jax.jit(init, out_shardings=shardings, compiler_options=compiler_options)(*args)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -54,9 +53,7 @@ def unflatten(like: T, leaves: Mapping[str, Any]) -> T:
 def abstract_state(init: Callable[..., T], mesh: Mesh, *args: Any) -> T:
   """Shapes, dtypes and places on the mesh of what `init(*args)` returns; nothing is computed."""
   shapes = jax.eval_shape(init, *args)
-  # Arrays that take no memory: where a leaf goes is asked of something that can be indexed.
-  standins = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
-  shardings = state_shardings(standins, mesh)
+  shardings = state_shardings(shapes, mesh)
   return jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     shapes,

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from slowfast_jax.checkpoints.store import Export, VideoConfig
 from slowfast_jax.data.records import RecordSource, decode_frames
 from slowfast_jax.data.tokenizer import Tokenizer
-from slowfast_jax.models.slowfast import SlowFast
+from slowfast_jax.models.slowfast import SlowFast, graphdef_of
 from slowfast_jax.train.setup import model_config
 
 # Logits of a pair start near SigLIP's: almost every pair is a no.
@@ -57,7 +57,7 @@ def align(
   params = jax.jit(lambda key: nnx.state(SlowFast(model, rngs=nnx.Rngs(key))))(
     jax.random.key(config.seed)
   )
-  graphdef = nnx.graphdef(nnx.eval_shape(lambda: SlowFast(model, rngs=nnx.Rngs(0))))
+  graphdef = graphdef_of(model)
 
   @jax.jit
   def step(params, opt_state, frames, targets):

@@ -26,7 +26,7 @@ from slowfast_jax.generate.sampling import Sampling, make_sampling
 from slowfast_jax.generate.text import TextPieces
 from slowfast_jax.models.compressor import pooling_matrix
 from slowfast_jax.models.hybrid import SlowKV
-from slowfast_jax.models.slowfast import SlowFast
+from slowfast_jax.models.slowfast import graphdef_of
 from slowfast_jax.shapes import FAST, PROMPT
 from slowfast_jax.sharding import sharding_of, state_shardings
 
@@ -92,7 +92,7 @@ class Engine:
     self._dtype = jnp.dtype(dtype)
     params = export.params
     self.params = params if mesh is None else jax.device_put(params, state_shardings(params, mesh))
-    self._graphdef = nnx.graphdef(nnx.eval_shape(lambda: SlowFast(export.model, rngs=nnx.Rngs(0))))
+    self._graphdef = graphdef_of(export.model)
     self._encode = self._compile(programs.encode_video, static=("dtype",))
     self._prefill = self._compile(programs.prefill, static=("max_new_tokens",))
     self._decode = self._compile(programs.decode, donate=("state",))

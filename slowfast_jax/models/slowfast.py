@@ -176,3 +176,8 @@ class SlowFast(nnx.Module):
     cfg = self.cfg.decoder
     shape = (cfg.num_layers, batch_size, length, cfg.num_kv_heads, cfg.head_dim)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def graphdef_of(cfg: SlowFastConfig) -> nnx.GraphDef:
+  """The structure of `SlowFast(cfg)` without its arrays, for `nnx.merge`."""
+  return nnx.graphdef(nnx.eval_shape(lambda: SlowFast(cfg, rngs=nnx.Rngs(0))))

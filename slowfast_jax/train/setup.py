@@ -34,11 +34,11 @@ from slowfast_jax.data.tokenizer import Tokenizer
 from slowfast_jax.errors import UserError
 from slowfast_jax.models.hybrid import adapters_from_decoder
 from slowfast_jax.models.presets import build_config
-from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig
+from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig, graphdef_of
 from slowfast_jax.shapes import Batch
-from slowfast_jax.sharding import batch_sharding, make_mesh
+from slowfast_jax.sharding import batch_sharding, make_mesh, sharded_init
 from slowfast_jax.train.optimizer import OptimizerConfig, make_optimizer
-from slowfast_jax.train.step import TrainState, graphdef_of, init_state
+from slowfast_jax.train.step import TrainState, init_state
 
 DTYPES = ("float32", "bfloat16")
 
@@ -224,11 +224,11 @@ def check_batch(batch: Batch, pipeline: TrainPipeline) -> str:
 def initial_state(setup: Setup) -> TrainState:
   """The state of step 0: from `train.init_from`, or random."""
   key = jax.random.key(setup.config.seed)
-  abstract = setup.abstract_state()
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
   folder = setup.config.train.init_from
   if not folder:
-    return jax.jit(setup.init, out_shardings=shardings, compiler_options=_quickly())(key)
+    return sharded_init(setup.init, setup.mesh, key, compiler_options=_quickly())
+  abstract = setup.abstract_state()
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
   export = load_export(folder, setup.mesh)
   if _digest(export.tokenizer) != setup.fingerprint["tokenizer"]:
     raise UserError(

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int
 
-from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig
+from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig, graphdef_of
 from slowfast_jax.shapes import Batch
 from slowfast_jax.train.losses import next_token_loss
 
@@ -33,11 +33,6 @@ def init_state(
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def graphdef_of(cfg: SlowFastConfig) -> nnx.GraphDef:
-  """The model's structure without its arrays."""
-  return nnx.graphdef(nnx.eval_shape(lambda: SlowFast(cfg, rngs=nnx.Rngs(0))))
-
-
 def make_train_step(
   cfg: SlowFastConfig, optimizer: optax.GradientTransformation, *, dtype: jnp.dtype, remat: bool
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
@@ -53,7 +48,7 @@ def make_train_step(
     gradients, metrics = jax.grad(loss_fn, has_aux=True)(state.params, batch)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = metrics | {"grad_norm": optax.global_norm(gradients)}
+    metrics = metrics | {"grad_norm": optax.tree.norm(gradients)}
     return TrainState(state.step + 1, params, opt_state), metrics
 
   return train_step

@@ -27,7 +27,7 @@ from slowfast_jax.data.tokenizer import Tokenizer, train_tokenizer
 from slowfast_jax.errors import UserError
 from slowfast_jax.models.presets import build_config
 from slowfast_jax.models.rope import LlamaRopeScaling
-from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig
+from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig, graphdef_of
 from slowfast_jax.sharding import make_mesh
 from slowfast_jax.train.optimizer import OptimizerConfig, make_optimizer
 
@@ -287,9 +287,7 @@ def test_an_export_comes_back_bit_for_bit(folder, export, sizes):
 
 def test_the_model_of_an_export_runs(folder, export):
   loaded = load_export(folder)
-  model = nnx.merge(
-    nnx.graphdef(nnx.eval_shape(lambda: SlowFast(MODEL, rngs=nnx.Rngs(0)))), loaded.params
-  )
+  model = nnx.merge(graphdef_of(MODEL), loaded.params)
   np.testing.assert_array_equal(
     model.adapters.warm_up[...], export.params["adapters"]["warm_up"][...]
   )

@@ -14,7 +14,7 @@ from slowfast_jax.generate.engine import Engine
 from slowfast_jax.generate.programs import embed_prompts, query_of
 from slowfast_jax.generate.timeline import Timeline, draw_timeline
 from slowfast_jax.models.decoder import causal_mask
-from slowfast_jax.models.slowfast import SlowFast
+from slowfast_jax.models.slowfast import graphdef_of
 from tests.generate.tiny import frames, make_export
 
 QUESTION = "What was it?"
@@ -36,10 +36,7 @@ def test_it_is_what_a_hand_computation_gives(engine, session):
   ids = engine.prompt_ids(QUESTION, session)
   seen = engine.slow_attention(ids, session, REPLY)
   prompts, visual = engine.build([[*ids, *REPLY]], [session])
-  model = nnx.merge(
-    nnx.graphdef(nnx.eval_shape(lambda: SlowFast(engine.export.model, rngs=nnx.Rngs(0)))),
-    engine.params,
-  )
+  model = nnx.merge(graphdef_of(engine.export.model), engine.params)
   n, T = int(prompts.lengths[0]), prompts.tokens.shape[1]
 
   @jax.jit

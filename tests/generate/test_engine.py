@@ -16,7 +16,7 @@ from slowfast_jax.errors import UserError
 from slowfast_jax.generate import programs
 from slowfast_jax.generate.engine import Engine
 from slowfast_jax.generate.sampling import make_sampling
-from slowfast_jax.models.slowfast import SlowFast
+from slowfast_jax.models.slowfast import graphdef_of
 from slowfast_jax.sharding import make_mesh
 from tests.generate.tiny import CONFIG, SIZE, TOKENIZER, frames, make_export
 
@@ -41,7 +41,7 @@ def engine():
 
 @functools.cache
 def forward(config):
-  graphdef = nnx.graphdef(nnx.eval_shape(lambda: SlowFast(config, rngs=nnx.Rngs(0))))
+  graphdef = graphdef_of(config)
 
   def run(params, batch):
     model = nnx.merge(graphdef, params)
