@@ -47,7 +47,7 @@ def get_config(stage: str = "slow_fast") -> ml_collections.ConfigDict:
   c.data.read_threads = 2
 
   c.optimizer = ml_collections.ConfigDict()
-  c.optimizer.learning_rate = 2e-3 if stills else 1e-3
+  c.optimizer.learning_rate = 2e-3
   c.optimizer.warmup_steps = 50 if stills else 20
   c.optimizer.final_fraction = 0.05
   c.optimizer.weight_decay = 0.01
@@ -59,7 +59,7 @@ def get_config(stage: str = "slow_fast") -> ml_collections.ConfigDict:
   c.optimizer.groups = (("adapters.warm_up", 50.0),)
 
   c.train = ml_collections.ConfigDict()
-  c.train.steps = 1200 if stills else 500
+  c.train.steps = 1200 if stills else 600
   c.train.dtype = "float32"
   c.train.remat = False
   c.train.log_every = 10

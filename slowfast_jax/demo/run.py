@@ -63,7 +63,7 @@ class Size:
 
 
 FULL = Size(
-  num_train=900, num_test=84, num_stills=4000, align_steps=300, pretrain_steps=1200, steps=500
+  num_train=900, num_test=84, num_stills=4000, align_steps=300, pretrain_steps=1200, steps=600
 )
 FAST = Size(num_train=48, num_test=8, num_stills=200, align_steps=60, pretrain_steps=20, steps=12)
 

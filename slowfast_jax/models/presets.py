@@ -32,7 +32,7 @@ PRESETS: dict[str, SlowFastConfig] = {
       num_kv_heads=1,
       head_dim=48,
       mlp_width=192,
-      rope_theta=1e4,
+      rope_theta=1e6,
     ),
     compressor=CompressorConfig(sampling_stride=8, temporal_stride=1, min_fast_frames=4),
     hybrid=HybridConfig(every=2, min_depth=0, max_depth=3),
