@@ -23,10 +23,13 @@ from slowfast_jax.demo.scenes import (
   is_written,
   make_scene,
   render,
+  render_moment,
   sample_times,
+  time_of_day,
   write_video,
 )
 from slowfast_jax.models.compressor import pooling_matrix
+from slowfast_jax.models.presets import PRESETS
 
 GEOMETRY = Geometry()
 MANY = [make_scene(seed, GEOMETRY) for seed in range(400)]
@@ -69,11 +72,20 @@ def test_flashes_stay_inside_their_quadrant(size):
   for seed in range(100):
     for event in make_scene(seed, GEOMETRY, size).events:
       (x, y), radius, place = event.centre_xy, event.radius, PLACES.index(event.place)
+      assert 0.16 * size <= radius <= 0.22 * size
       for centre, far in ((x, place % 2), (y, place // 2)):
         low, high = (size / 2, size) if far else (0, size / 2)
         assert low - 1 <= centre - radius
         assert centre + radius <= high
-      assert 0.13 * size <= radius <= 0.2 * size
+        assert abs(centre - (low + high) / 2) <= 0.02 * size + 3, "near its middle"
+
+
+def test_places_are_where_their_names_say():
+  """The middle of a flash lies north or south, east or west of the picture's middle."""
+  for scene in MANY[:50]:
+    for event in scene.events:
+      x, y = event.centre_xy
+      assert event.place == ("south" if y > 48 else "north") + ("east" if x > 48 else "west")
 
 
 @pytest.mark.parametrize("geometry", [Geometry(), Geometry(64, 8), Geometry(32, 16)])
@@ -107,8 +119,27 @@ def test_order_says_nothing_about_looks():
 
 
 def test_fast_frames_are_the_compressors():
-  kept = pooling_matrix(GEOMETRY.num_frames, GEOMETRY.fast_stride, 1, 1)
-  assert kept.argmax(axis=1).tolist() == list(GEOMETRY.fast_frames)
+  c = PRESETS["demo"].compressor
+  kept = pooling_matrix(
+    GEOMETRY.num_frames, c.sampling_stride, c.temporal_stride, c.min_fast_frames
+  )
+  assert np.flatnonzero(kept.any(axis=0)).tolist() == list(GEOMETRY.fast_frames)
+
+
+def test_the_time_of_day_is_the_quarter_of_the_clip():
+  scene = MANY[0]
+  starts = [scene.duration * share for share in (-0.01, 0, 0.24, 0.26, 0.51, 0.74, 0.76, 1.0)]
+  events = [dataclasses.replace(scene.events[0], start=start) for start in starts]
+  times = ["night"] * 3 + ["dawn"] + ["morning"] * 2 + ["noon"] * 2
+  assert [time_of_day(scene, event) for event in events] == times
+
+
+def test_one_moment_is_a_frame_of_the_clip():
+  scene = make_scene(3, GEOMETRY, size=64)
+  flash = round(scene.events[1].start * scene.fps + 1)
+  frames = list(render(scene))
+  for i in (0, flash, scene.total_frames - 1):
+    np.testing.assert_array_equal(render_moment(scene, i), frames[i])
 
 
 @pytest.mark.parametrize("size", [31, 65])
