@@ -27,6 +27,16 @@ def test_questions_keep_their_extras_and_get_an_id(tmp_path):
   assert (task.doc_id(docs[1]), task.video(docs[1])) == ("7", "a.mp4")
 
 
+def test_the_prompt_set_text_asks_for_an_option(tmp_path):
+  task = get_task("jsonl", prompt_set="text")
+  (doc,) = task.docs(write(tmp_path, DOC))
+  assert task.prompt_set == "text"
+  assert task.prompt(doc) == "Choose from: a cup, a book.\nWhat?"
+  # Letters remain the currency of scores, and a letter is still understood.
+  assert [task.parse(doc, reply) for reply in ("a book", "A cup.", "B", "a dog")] == [*"BAB", ""]
+  assert get_task("jsonl").prompt_set == "letter"
+
+
 @pytest.mark.parametrize(
   ("line", "message"),
   [
@@ -57,7 +67,7 @@ def test_missing_and_empty_files_are_named(tmp_path):
     get_task("jsonl").docs(write(tmp_path, ""))
   with pytest.raises(UserError, match="no task 'mmlu'.*jsonl"):
     get_task("mmlu")
-  with pytest.raises(UserError, match="prompt sets.*'paper'"):
+  with pytest.raises(UserError, match="prompt sets.*'letter', 'text'.*'paper'"):
     get_task("jsonl", prompt_set="paper")
 
 

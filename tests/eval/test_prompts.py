@@ -3,7 +3,7 @@
 
 import pytest
 
-from slowfast_jax.eval.tasks.prompts import multiple_choice_prompt
+from slowfast_jax.eval.tasks.prompts import choose_from_prompt, multiple_choice_prompt
 
 
 def test_options_are_lettered_in_order():
@@ -11,7 +11,14 @@ def test_options_are_lettered_in_order():
   assert prompt == "What colour?\nA. red\nB. green\nC. blue\nAnswer with the letter."
 
 
+def test_options_to_choose_from_stand_before_the_question():
+  """So that what is asked about stands right before the answer."""
+  prompt = choose_from_prompt("What colour was the cross?", ["red", "green", "blue"])
+  assert prompt == "Choose from: red, green, blue.\nWhat colour was the cross?"
+
+
 @pytest.mark.parametrize("count", [0, 1, 27])
-def test_impossible_numbers_of_options_are_named(count):
+@pytest.mark.parametrize("prompt", [multiple_choice_prompt, choose_from_prompt])
+def test_impossible_numbers_of_options_are_named(prompt, count):
   with pytest.raises(ValueError, match=f"2 to 26 options, got {count}"):
-    multiple_choice_prompt("Which?", ["x"] * count)
+    prompt("Which?", ["x"] * count)
