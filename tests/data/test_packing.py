@@ -131,6 +131,87 @@ def test_packed_samples_see_the_fast_tokens_that_they_see_alone():
   np.testing.assert_array_equal(packed, np.concatenate(alone))
 
 
+# Every eighth frame of 32 is kept: four.
+STRIDED = dataclasses.replace(
+  GEOMETRY, num_frames=32, sampling_stride=8, temporal_stride=1, max_fast_frames=0
+)
+
+
+def test_without_a_slow_path_a_row_has_only_the_frames_of_fast_tokens():
+  geometry = dataclasses.replace(STRIDED, slow=False)
+  assert (STRIDED.row_frames, geometry.row_frames) == (32, 4)
+  video = Sample([7, V, 8], None, (32,), frames(*range(32)))
+  row = build_row([video], geometry)
+  assert row.frames.shape == (1, 4, 1, 2, 3)
+  np.testing.assert_array_equal(row.frames[0, :, 0, 0, 0], [0, 8, 16, 24])
+  np.testing.assert_array_equal(row.frame_segments, [[1, 1, 1, 1]])
+  np.testing.assert_array_equal(row.pooling[0], np.eye(4))
+  assert empty_row(geometry).frames.shape == row.frames.shape
+
+
+@pytest.mark.parametrize(
+  "rules",
+  [
+    {},
+    {"temporal_stride": 2},
+    {"sampling_stride": 2, "temporal_stride": 3, "min_fast_frames": 7},  # Windows that overlap.
+    {"sampling_stride": 1, "temporal_stride": 5},  # The last frames are dropped.
+    {"sampling_stride": 1},
+  ],
+)
+@pytest.mark.parametrize("num_frames", [(32,), (16, 16), (1, 8, 16), (5,), ()])
+def test_fast_tokens_do_not_depend_on_whether_there_is_a_slow_path(rules, num_frames):
+  """Nor does anything else of the row but the frames that no fast token reads."""
+  with_slow = dataclasses.replace(STRIDED, **rules, decoder_length=80, max_fast_frames=40)
+  without = dataclasses.replace(with_slow, slow=False)
+  first = np.cumsum([0, *num_frames])
+  used = np.concatenate(
+    [start + without.used_frames(n) for start, n in zip(first, num_frames)] or [[]]
+  ).astype(int)
+  assert len(used) <= without.row_frames, "a case that does not fit tests nothing"
+  samples = [
+    Sample([i, V, 9], [0, 1, 1], (n,), frames(*range(first[i], first[i + 1])))
+    for i, n in enumerate(num_frames)
+  ] or [Sample([1, 2], [0, 1])]
+  full, short = build_row(samples, with_slow), build_row(samples, without)
+
+  np.testing.assert_array_equal(short.frames[0, : len(used)], full.frames[0, used])
+  np.testing.assert_array_equal(short.frame_segments[0, : len(used)], full.frame_segments[0, used])
+  assert not short.frames[0, len(used) :].any()
+  assert not short.frame_segments[0, len(used) :].any()
+  for name in {field.name for field in dataclasses.fields(Batch)} - {
+    "frames",
+    "frame_segments",
+    "pooling",
+  }:
+    np.testing.assert_array_equal(getattr(short, name), getattr(full, name), err_msg=name)
+
+  rng = np.random.default_rng(0)
+  slow = rng.normal(size=(1, with_slow.row_frames, 4, 3)).astype(np.float32)
+  seen = np.zeros((1, without.row_frames, 4, 3), np.float32)
+  seen[0, : len(used)] = slow[0, used]
+  expected = compress(jnp.asarray(slow), jnp.asarray(full.pooling), 2)
+  fast = compress(jnp.asarray(seen), jnp.asarray(short.pooling), 2)
+  np.testing.assert_allclose(fast, expected, atol=1e-6)
+  assert bool(num_frames) == bool(np.any(expected))
+
+
+def test_shorter_videos_never_need_more_frames_than_a_row_without_slow_path_has():
+  rng = np.random.default_rng(0)
+  for _ in range(200):
+    n, s, t, m = (int(rng.integers(1, high)) for high in (70, 9, 6, 20))
+    geometry = dataclasses.replace(
+      GEOMETRY,
+      num_frames=n,
+      sampling_stride=s,
+      temporal_stride=t,
+      min_fast_frames=m,
+      max_fast_frames=0,
+      slow=False,
+    )
+    assert max(len(geometry.used_frames(k)) for k in range(1, n + 1)) == geometry.row_frames
+
+
 def test_rows_of_other_lengths_collate():
   rows = [
     build_row([Sample([1, V], None, (6,), frames(*range(6)))], GEOMETRY),
