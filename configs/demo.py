@@ -56,7 +56,7 @@ def get_config(stage: str = "slow_fast") -> ml_collections.ConfigDict:
   c.optimizer.max_grad_norm = 1.0
   # (regex of parameter paths, factor of the learning rate). One scalar a layer has to travel from
   # 0 to about 1 in the time in which weights move by a few hundredths.
-  c.optimizer.groups = (("adapters.warm_up", 50.0),)
+  c.optimizer.groups = (("adapters.warm_up", 20.0),)
 
   c.train = ml_collections.ConfigDict()
   c.train.steps = 1200 if stills else 600

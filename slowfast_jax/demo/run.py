@@ -28,7 +28,7 @@ from slowfast_jax.demo.align import align
 from slowfast_jax.demo.looks import Look, look_again, read_predictions
 from slowfast_jax.demo.questions import Dialogues, QuestionSet, make_question_set
 from slowfast_jax.demo.report import ChatExample, ReportData, write_report
-from slowfast_jax.demo.scenes import COLOURS, SHAPES
+from slowfast_jax.demo.scenes import COLOURS, PLACES, SHAPES
 from slowfast_jax.demo.stills import write_stills
 from slowfast_jax.demo.summary import clip_results, model_result, report_data
 from slowfast_jax.errors import UserError
@@ -130,7 +130,7 @@ class Demo:
       return
     tokenizer = Tokenizer.from_dir(self.root / "tokenizer")
     source = RecordSource(self.root / "stills/records")
-    words = COLOURS + SHAPES
+    words = COLOURS + SHAPES + PLACES
     with self._clock.stage("align encoder"), self.watch("Aligning encoder", "steps") as progress:
       export = align(
         self.config("pretrain"),

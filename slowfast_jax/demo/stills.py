@@ -53,7 +53,7 @@ def regions(scene: Scene) -> list[list[str]]:
   """The words that describe each quadrant of a still, row by row."""
   words: list[list[str]] = [[] for _ in PLACES]
   for event in scene.events:
-    words[PLACES.index(event.place)] = [event.colour, event.shape]
+    words[PLACES.index(event.place)] = [event.colour, event.shape, event.place]
   return words
 
 

@@ -35,7 +35,7 @@ PRESETS: dict[str, SlowFastConfig] = {
       rope_theta=1e6,
     ),
     compressor=CompressorConfig(sampling_stride=8, temporal_stride=1, min_fast_frames=4),
-    hybrid=HybridConfig(every=2, min_depth=0, max_depth=3),
+    hybrid=HybridConfig(every=1, min_depth=0, max_depth=2),
   ),
 }
 
