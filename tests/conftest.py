@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight CPU devices before JAX starts, a compilation cache, and annotations that are checked."""
+"""Eight CPU devices before JAX starts, a compilation cache, and annotations that are checked.
 
+And one run of `slowfast demo`, which takes a minute, for all tests that need what it writes.
+"""
+
+import dataclasses
 import getpass
 import os
+import shlex
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,6 +24,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 import jaxtyping
+import pytest
 
 # Sharded tests always run; a program for one device is not slower for it (measured: under 5%).
 jax.config.update("jax_num_cpu_devices", 8)
@@ -30,3 +38,41 @@ jaxtyping.install_import_hook("slowfast_jax", "type_checker.check")
 def pytest_configure(config):
   config.addinivalue_line("markers", "slow: takes more than about ten seconds")
   config.addinivalue_line("markers", "torch: compares with PyTorch, from the extra `parity`")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shell:
+  """A folder, and real processes of this checkout in it."""
+
+  path: Path
+
+  def python(self, *words: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.run(
+      [sys.executable, *words], cwd=self.path, env=environment, capture_output=True, text=True
+    )
+
+  def slowfast(self, command: str) -> subprocess.CompletedProcess:
+    """Runs a line that begins with `slowfast`."""
+    return self.python("-m", "slowfast_jax.cli.main", *shlex.split(command)[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoRun:
+  """A folder in which `command` has run, and how that ended."""
+
+  shell: Shell
+  command: str
+  outcome: subprocess.CompletedProcess
+
+  @property
+  def folder(self) -> Path:
+    return self.shell.path / "runs/demo"
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory):
+  """Tests may write beside its folder, but not into it."""
+  shell = Shell(tmp_path_factory.mktemp("demo"))
+  command = "slowfast demo --workdir runs/demo --fast"
+  return DemoRun(shell, command, shell.slowfast(command))
