@@ -33,7 +33,7 @@ from slowfast_jax.demo.stills import write_stills
 from slowfast_jax.demo.summary import clip_results, model_result, report_data
 from slowfast_jax.errors import UserError
 from slowfast_jax.eval.runner import evaluate
-from slowfast_jax.eval.tasks import Task, get_task
+from slowfast_jax.eval.tasks import get_task
 from slowfast_jax.generate.engine import Engine
 from slowfast_jax.models.presets import PRESETS
 from slowfast_jax.train.loop import train
@@ -191,7 +191,7 @@ class Demo:
       evals["slow_fast"]["chance"],
       looks,
       clip_results(looks, answers["fast_only"], exports["slow_fast"]),
-      self._chat(engine, task, looks),
+      self._chat(engine, looks),
       self.seconds,
       self.size.num_train,
       self._commands(),
@@ -199,10 +199,10 @@ class Demo:
     write_report(data, self.root)
     return data
 
-  def _chat(self, engine: Engine, task: Task, looks: Sequence[Look]) -> ChatExample:
+  def _chat(self, engine: Engine, looks: Sequence[Look]) -> ChatExample:
     """One question, asked as `slowfast chat` does."""
     look = next((look for look in looks if look.right), looks[0])
-    question = task.prompt(look.doc)
+    question = look.doc["question"]  # Without options, as one would ask.
     session = engine.encode(look.frames.images)
     answer = "".join(engine.stream(question, session, max_new_tokens=8))
     video = self.questions.videos / look.doc["video"]
