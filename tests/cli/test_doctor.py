@@ -4,6 +4,7 @@
 import argparse
 import http.server
 import json
+import re
 import threading
 import time
 import tomllib
@@ -37,7 +38,7 @@ def test_everything_works_here(report):
 
 def test_every_runtime_dependency_is_imported():
   project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-  names = {dependency.split(">")[0] for dependency in project["dependencies"]}
+  names = {re.split("[>[]", dependency)[0] for dependency in project["dependencies"]}
   assert set(doctor.PACKAGES) == names
 
 
