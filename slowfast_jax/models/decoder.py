@@ -43,6 +43,10 @@ class DecoderConfig:
   tie_embeddings: bool = False
 
   def __post_init__(self):
+    for field in dataclasses.fields(self):
+      # Every integer is a size.
+      if field.type is int and getattr(self, field.name) < 1:
+        raise ValueError(f"{field.name} must be at least 1, got {getattr(self, field.name)}.")
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         "num_heads must be a multiple of num_kv_heads, "

@@ -23,7 +23,7 @@ from slowfast_jax.models.decoder import (
 )
 from slowfast_jax.models.hybrid import HybridAdapter, HybridConfig, SlowKV, SlowQuery, slow_query
 from slowfast_jax.models.layers import layer_of, stack
-from slowfast_jax.models.projector import Projector
+from slowfast_jax.models.projector import Projector, projector_depth
 from slowfast_jax.models.vit import ViT, ViTConfig
 from slowfast_jax.shapes import FAST, Batch
 
@@ -61,6 +61,9 @@ class SlowFastConfig:
   compressor: CompressorConfig
   hybrid: HybridConfig | None
   projector: str = "mlp2x_gelu"
+
+  def __post_init__(self):
+    projector_depth(self.projector)  # Raises where there is no such projector.
 
   @property
   def hybrid_layers(self) -> tuple[int, ...]:

@@ -39,6 +39,13 @@ class ViTConfig:
   def __post_init__(self):
     if self.family not in ("siglip", "clip"):
       raise ValueError(f"family must be 'siglip' or 'clip', got {self.family!r}.")
+    for name in ("patch_size", "width", "num_layers", "num_heads", "mlp_width"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+    if self.image_size < self.patch_size:
+      raise ValueError(
+        f"image_size must be at least patch_size, got {self.image_size} and {self.patch_size}."
+      )
     if self.width % self.num_heads:
       raise ValueError(
         f"width must be a multiple of num_heads, got {self.width} and {self.num_heads}."

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters with named axes, their start, norms in half precision, and stacks of layers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from slowfast_jax.models.layers import (
+  Embedding,
+  LayerNorm,
+  Projection,
+  RMSNorm,
+  layer_of,
+  make_param,
+  stack,
+  unstack,
+)
+from tests.models import oracle
+
+
+def test_every_axis_has_a_name():
+  zeros = nnx.initializers.zeros
+  param = make_param(zeros, nnx.Rngs(0), (2, 3), ("embed", None))
+  assert param.get_metadata()["axes"] == ("embed", None)
+  with pytest.raises(ValueError, match=r"shape \(2, 3\) needs 2 axis names, got \('embed',\)"):
+    make_param(zeros, nnx.Rngs(0), (2, 3), ("embed",))
+
+
+@pytest.mark.parametrize(
+  ("equation", "shape", "fan_in", "bias_shape"),
+  [
+    ("...D,DNH->...NH", (64, 8, 32), 64, (8, 32)),
+    ("...NH,NHD->...D", (8, 32, 64), 256, (64,)),
+  ],
+)
+def test_projections_start_at_one_over_the_root_of_their_inputs(
+  equation, shape, fan_in, bias_shape
+):
+  axes = ("embed", "heads", None)
+  options = {"bias": True, "gain": 0.5, "bias_start": 2.0}
+  projection = Projection(equation, shape, axes, **options, rngs=nnx.Rngs(0))
+  assert np.std(projection.kernel[...]) == pytest.approx(0.5 * fan_in**-0.5, rel=0.02)
+  assert projection.bias.get_metadata()["axes"] == axes[-len(bias_shape) :]
+  np.testing.assert_array_equal(projection.bias[...], np.full(bias_shape, 2.0))
+  assert Projection(equation, shape, axes, rngs=nnx.Rngs(0)).bias is None
+
+
+@pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
+def test_norms_of_half_precision_have_float32_statistics(kind):
+  x = jnp.asarray(np.random.default_rng(0).normal(100, 1, (4, 64)), jnp.bfloat16)
+  norm = kind(64, eps=1e-6, rngs=nnx.Rngs(0))
+  got = norm(x)
+  assert got.dtype == jnp.bfloat16
+  exact = np.asarray(x, np.float64)
+  expected = oracle.rms(exact, 1, 1e-6) if kind is RMSNorm else oracle.layer_norm(exact, 1, 0, 1e-6)
+  np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=2**-8, atol=1e-3)
+
+
+def test_an_embedding_and_its_transpose():
+  embedding = Embedding(5, 3, rngs=nnx.Rngs(0))
+  table = np.asarray(embedding.embedding[...])
+  ids = jnp.array([[4, 0]])
+  np.testing.assert_array_equal(embedding(ids, jnp.float32), table[np.asarray(ids)])
+  assert embedding(ids, jnp.bfloat16).dtype == jnp.bfloat16
+  np.testing.assert_allclose(embedding.attend(jnp.eye(3)), table.T, rtol=1e-6)
+
+
+def test_a_stack_is_its_layers():
+  def make(rngs):
+    return Projection("...D,DM->...M", (2, 3), ("embed", "mlp"), bias=True, rngs=rngs)
+
+  layers = stack(make, 4, rngs=nnx.Rngs(0))
+  assert layers.kernel.get_metadata()["axes"] == ("layers", "embed", "mlp")
+  assert layers.bias.get_metadata()["axes"] == ("layers", "mlp")
+  kernel = np.asarray(layers.kernel[...])
+  assert kernel.shape == (4, 2, 3)
+  assert len(np.unique(kernel)) == kernel.size
+  layer = layer_of(layers, 2)
+  np.testing.assert_array_equal(layer.kernel[...], kernel[2])
+  x = jnp.ones((5, 2))
+  np.testing.assert_allclose(layer(x), np.asarray(x) @ kernel[2], rtol=1e-6)
+  graphdef, states = unstack(layers, 1, 3)
+  _, out = jax.lax.scan(lambda c, state: (c, nnx.merge(graphdef, state)(x)), None, states)
+  np.testing.assert_allclose(out, np.asarray(x) @ kernel[1:3], rtol=1e-6)

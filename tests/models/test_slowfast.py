@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole model against the equations in NumPy, for every gate, query set and kind of row."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from slowfast_jax.models.hybrid import GATES, QUERY_SETS
+from slowfast_jax.models.rope import LlamaRopeScaling
+from slowfast_jax.models.slowfast import graphdef_of
+from tests.models import oracle
+from tests.models.tiny import (
+  CONFIG,
+  LENGTH,
+  ROWS,
+  batch_of,
+  config,
+  geometry_of,
+  random_model,
+  random_params,
+  weights_of,
+)
+
+
+def check(cfg):
+  """Hidden states and logits of every sample equal the oracle's."""
+  model, geometry = random_model(cfg), geometry_of(cfg)
+  weights = weights_of(model)
+  batch, slow = batch_of(ROWS, geometry)
+  # Eager: one small program for each operation, and all configurations share them.
+  with jax.disable_jit():
+    hidden = model.forward(batch, slow)
+    scores = np.asarray(model.decoder.logits(hidden))
+  hidden, segments = np.asarray(hidden), np.asarray(batch.segments)
+  assert np.isfinite(hidden).all()
+  for row, cases in enumerate(ROWS):
+    assert segments[row].max() == len(cases)
+    for segment, case in enumerate(cases, start=1):
+      expected, tokens = oracle.logits(
+        weights, cfg, case.ids, case.videos(), LENGTH, tokens_too=True
+      )
+      where = segments[row] == segment
+      message = f"row {row}, sample {segment}"
+      np.testing.assert_allclose(hidden[row, where], tokens, 1e-5, 1e-5, err_msg=message)
+      np.testing.assert_allclose(scores[row, where], expected, 1e-4, 1e-4, err_msg=message)
+
+
+STRIDES = [
+  {"sampling_stride": 1, "temporal_stride": 2, "min_fast_frames": 2},
+  {"sampling_stride": 3, "temporal_stride": 1, "min_fast_frames": 2},
+  {"sampling_stride": 2, "temporal_stride": 3, "min_fast_frames": 3, "spatial_stride": 2},
+]
+
+
+@pytest.mark.parametrize("strides", STRIDES, ids=["average", "sample", "all-three"])
+@pytest.mark.parametrize("queries", QUERY_SETS)
+@pytest.mark.parametrize("gate", GATES)
+def test_every_gate_and_query_set(gate, queries, strides):
+  check(config(hybrid={"gate": gate, "queries": queries}, compressor=strides))
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"hybrid": None},
+    {"hybrid": {"every": 1}},
+    {"hybrid": {"every": 2, "min_depth": 1, "max_depth": 3}},
+    {"hybrid": {"min_depth": 4}},
+    {"decoder": {"qk_norm": True, "qkv_bias": False}},
+    {"decoder": {"tie_embeddings": True, "norm_eps": 0.1}},
+    {"decoder": {"num_kv_heads": 1, "rope_scaling": LlamaRopeScaling(4, 1, 3, 64)}},
+  ],
+  ids=["plain", "every-layer", "one-layer", "none-deep-enough", "qwen3", "tied", "llama"],
+)
+def test_every_variant_of_the_decoder(changes):
+  check(config(**changes))
+
+
+def test_a_compiled_program_is_the_same():
+  geometry = geometry_of(CONFIG)
+  batch, slow = batch_of(ROWS, geometry)
+  model = random_model()
+  with jax.disable_jit():
+    eager = model.forward(batch, slow)
+  jitted = jax.jit(lambda batch, slow: random_model().forward(batch, slow))(batch, slow)
+  np.testing.assert_allclose(jitted, eager, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("family", "changes", "projector"),
+  [("siglip", {}, "mlp2x_gelu"), ("clip", {"select_layer": -1, "norm_eps": 0.01}, "linear")],
+)
+def test_pixels_become_slow_tokens(family, changes, projector):
+  """Videos are pooled before the compressor, a still image is not."""
+  vision = {"family": family, **changes}
+  cfg = config(vision=vision, compressor={"video_pooling_stride": 2}, projector=projector)
+  model, rng = random_model(cfg), np.random.default_rng(0)
+  encode = jax.jit(lambda frames: model.encode(frames, jnp.float32))
+  for count, tokens_per_frame in ((3, 1), (1, 4)):
+    frames = rng.integers(0, 256, (count, 4, 4, 3)).astype(np.uint8)
+    slow = encode(frames[None])
+    assert slow.shape == (1, count, tokens_per_frame, 8)
+    expected = oracle.slow_tokens(weights_of(model), cfg, frames)
+    np.testing.assert_allclose(slow[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_encodes_its_frames():
+  batch, _ = batch_of(ROWS, geometry_of(CONFIG))
+  frames = jax.random.randint(jax.random.key(0), batch.frames.shape, 0, 256).astype(jnp.uint8)
+  batch = dataclasses.replace(batch, frames=frames)
+  model = random_model()
+  with jax.disable_jit():
+    expected = model.forward(batch, model.encode(frames, jnp.float32))
+    np.testing.assert_array_equal(model(batch), expected)
+
+
+def test_all_is_computed_in_the_type_that_is_asked_for():
+  geometry = geometry_of(CONFIG)
+  batch, _ = batch_of(ROWS, geometry)
+  model = random_model()
+  half = jax.eval_shape(lambda b: model(b, dtype=jnp.bfloat16), batch)
+  assert (half.dtype, half.shape) == (jnp.bfloat16, (len(ROWS), LENGTH, 8))
+  assert jax.eval_shape(model.decoder.logits, half).dtype == jnp.float32
+  assert jax.eval_shape(lambda b: model(b), batch).dtype == jnp.float32
+
+
+def test_the_structure_of_a_model_is_made_of_shapes():
+  params = random_params(CONFIG, 0)
+  assert nnx.graphdef(nnx.merge(graphdef_of(CONFIG), params)) == graphdef_of(CONFIG)
+
+
+def test_an_unknown_projector_is_found_before_a_model_is_made():
+  with pytest.raises(ValueError, match="projector must be 'linear' or 'mlp<n>x_gelu', got 'mlp'"):
+    config(projector="mlp")
