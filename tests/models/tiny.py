@@ -49,16 +49,17 @@ def config(**changes) -> SlowFastConfig:
 
 
 def randomise(shapes, seed: int = 0):
-  """Random arrays of these shapes; nothing is compiled. Scales of norms are near 1.
+  """Random arrays of these shapes; nothing is compiled.
 
-  Twice as large, and the layers would magnify rounding to 1e-5.
+  Scales of norms are near 1, and gates are open. Were kernels twice as large, the layers would
+  magnify rounding to 1e-5.
   """
   rng = np.random.default_rng(seed)
 
   def fill(path, leaf):
-    scale = "scale" in jax.tree_util.keystr(path)
-    x = rng.normal(0, 0.2 if scale else 0.25, leaf.shape)
-    return jnp.asarray(x + 1 if scale else x, leaf.dtype)
+    name = jax.tree_util.keystr(path)
+    x = rng.normal(0, 1.0 if "warm_up" in name else 0.25, leaf.shape)
+    return jnp.asarray(x + ("scale" in name), leaf.dtype)
 
   return jax.tree_util.tree_map_with_path(fill, shapes)
 
