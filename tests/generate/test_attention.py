@@ -99,10 +99,11 @@ def test_a_reply_does_not_change_what_the_question_read(engine, session):
 
 
 def test_the_profile_is_the_relevance_by_frame():
-  relevance = np.array([[[[3, 0], [0, 1], [0, 0]]]], np.float32)  # One layer, one head.
+  # One layer, one head; the last frame speaks against the answer more than for it.
+  relevance = np.array([[[[4, 0, 0], [-1, 1, 2], [0, 0, -3]]]], np.float32)
   all_of_them = np.ones(3, bool)
   seen = SlowAttention(
-    relevance / 3,
+    np.full_like(relevance, 1 / 3),
     np.ones((1, 3), np.float32),
     np.arange(3),
     all_of_them,
@@ -110,18 +111,34 @@ def test_the_profile_is_the_relevance_by_frame():
     layers=(0,),
     relevance=relevance,
   )
-  np.testing.assert_allclose(seen.profile(), [0.75, 0.25], atol=1e-6)
+  np.testing.assert_allclose(seen.profile(), [0.75, 0.25, 0], atol=1e-6)
   nothing = dataclasses.replace(seen, relevance=0 * relevance)
-  np.testing.assert_allclose(nothing.profile(), [0.5, 0.5], atol=1e-6)
+  np.testing.assert_allclose(nothing.profile(), [1 / 3] * 3, atol=1e-6)
 
 
-def test_relevance_is_attention_times_its_effect(engine, session):
+def test_relevance_sums_to_what_the_slow_path_adds(engine, session):
+  """Completeness of integrated gradients: log p with the slow path, less log p without it."""
   ids = engine.prompt_ids(QUESTION, session)
   seen = engine.slow_attention(ids, session)
-  assert (seen.relevance >= 0).all()
-  assert seen.relevance.any()
-  # Frames without attention cannot matter, and a shut gate lets nothing matter.
-  assert (seen.relevance[seen.weights == 0] == 0).all()
+  prompts, visual = engine.build([ids], [session])
+  last, graphdef = int(prompts.lengths[0]) - 1, graphdef_of(engine.export.model)
+
+  @jax.jit
+  def log_probs(visual):
+    model = nnx.merge(graphdef, engine.params)
+    readers = model.readers(visual.kv, query_of(prompts.text_index, visual))
+    x = embed_prompts(model, prompts, visual)
+    T = x.shape[1]
+    mask = causal_mask((jnp.arange(T) <= last).astype(jnp.int32)[None])
+    hidden, _ = model.decoder(x, jnp.arange(T)[None], mask, readers=readers)
+    return jax.nn.log_softmax(model.decoder.logits(hidden[0, last]))
+
+  silent = dataclasses.replace(visual.kv, v=jnp.zeros_like(visual.kv.v))
+  full = log_probs(visual)
+  answer = int(jnp.argmax(full))
+  added = float(full[answer] - log_probs(dataclasses.replace(visual, kv=silent))[answer])
+  assert abs(added) > 1e-3
+  assert seen.relevance.sum() == pytest.approx(added, rel=0.02)
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])
