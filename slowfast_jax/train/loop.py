@@ -147,7 +147,7 @@ def compile_step(setup: Setup, state: TrainState, batch: Batch, say: Say) -> Ste
   )
   shardings = jax.tree.map(lambda x: x.sharding, state)
   jitted = jax.jit(
-    instrument(step, schedule(setup.optimizer_config)),
+    instrument(step, schedule(setup.optimizer)),
     out_shardings=(shardings, NamedSharding(setup.mesh, PartitionSpec())),
     donate_argnums=0,
   )

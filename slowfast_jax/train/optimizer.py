@@ -19,7 +19,8 @@ class OptimizerConfig:
     total_steps: the cosine reaches `final_fraction` of the peak here.
     weight_decay: on matrices only; norms, biases and gates are excluded.
     max_grad_norm: gradients are scaled down to this global norm.
-    groups: (regex on the parameter path, learning-rate factor); the first match counts.
+    groups: (regex on the parameter path, learning-rate factor); the first match counts. Factor 0
+      freezes: such parameters get no gradient and no place in the optimiser's memory.
   """
 
   learning_rate: float
@@ -55,6 +56,16 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
   )
 
 
+def split_frozen(params: nnx.State, cfg: OptimizerConfig) -> tuple[nnx.State, nnx.State]:
+  """The parameters that learn, and those that stay as they are; `nnx.merge_state` joins them."""
+
+  def learns(path: tuple, _: object) -> bool:
+    return _factor(cfg.groups, ".".join(map(str, path))) != 0
+
+  learning, frozen = nnx.split_state(params, learns, ...)
+  return learning, frozen
+
+
 def parameter_paths(params: nnx.State) -> list[str]:
   """Dotted path of every parameter, in the order of the tree's leaves."""
   flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_variable)
@@ -62,19 +73,20 @@ def parameter_paths(params: nnx.State) -> list[str]:
 
 
 def _scale_groups(groups: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
-  def factor(path: str) -> float:
-    return next((f for pattern, f in groups if re.search(pattern, path)), 1.0)
-
   def update(updates, state, params=None):
     del params
     scaled = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: jax.tree.map(lambda x: x * factor(_dotted(path)), leaf),
+      lambda path, leaf: jax.tree.map(lambda x: x * _factor(groups, _dotted(path)), leaf),
       updates,
       is_leaf=_is_variable,
     )
     return scaled, state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _factor(groups: tuple[tuple[str, float], ...], path: str) -> float:
+  return next((factor for pattern, factor in groups if re.search(pattern, path)), 1.0)
 
 
 def _is_matrix(params: nnx.State) -> nnx.State:

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -37,7 +36,7 @@ from slowfast_jax.models.presets import build_config
 from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig, graphdef_of
 from slowfast_jax.shapes import Batch
 from slowfast_jax.sharding import batch_sharding, make_mesh, sharded_init
-from slowfast_jax.train.optimizer import OptimizerConfig, make_optimizer
+from slowfast_jax.train.optimizer import OptimizerConfig, split_frozen
 from slowfast_jax.train.step import TrainState, init_state
 
 DTYPES = ("float32", "bfloat16")
@@ -53,8 +52,7 @@ class Setup:
     mesh: all devices.
     tokenizer: the tokenizer of the text.
     pipeline: this process's rows of the batches.
-    optimizer_config: the numbers of the optimiser.
-    optimizer: made of them.
+    optimizer: its numbers.
     fingerprint: tells whether data are the same, wherever they lie.
   """
 
@@ -63,8 +61,7 @@ class Setup:
   mesh: Mesh
   tokenizer: Tokenizer
   pipeline: TrainPipeline
-  optimizer_config: OptimizerConfig
-  optimizer: optax.GradientTransformation
+  optimizer: OptimizerConfig
   fingerprint: dict[str, Any]
 
   def init(self, key: jax.Array) -> TrainState:
@@ -111,15 +108,16 @@ def open_setup(config: ml_collections.ConfigDict) -> Setup:
     system=c.system,
     targets=c.data.targets,
   )
-  optimizer_cfg = optimizer_config(c)
-  optimizer = make_optimizer(optimizer_cfg)
   fingerprint = {
     "records": len(source),
     "samples": len(source.index),
     "bytes": source.num_bytes,
     "tokenizer": _digest(tokenizer),
   }
-  return Setup(c, model, mesh, tokenizer, pipeline, optimizer_cfg, optimizer, fingerprint)
+  setup = Setup(c, model, mesh, tokenizer, pipeline, optimizer_config(c), fingerprint)
+  if not split_frozen(setup.abstract_state().params, setup.optimizer)[0]:
+    raise UserError(f"optimizer.groups freezes every parameter: {setup.optimizer.groups}.")
+  return setup
 
 
 def model_config(c: ml_collections.ConfigDict) -> SlowFastConfig:

@@ -295,3 +295,34 @@ def test_one_batch_is_learned_by_heart(on_one_device):
   assert losses[0] > 5
   assert losses[-1] < 0.05
   assert on_one_device[0][-1]["token_accuracy"] == 1.0
+
+
+# --- Frozen parts ---
+
+
+def test_frozen_parts_stay_as_they_are_and_cost_no_memory(data):
+  groups = (("^vision|^projector|embed", 0.0), ("", 1.0))
+  config = config_of(data).unlock()
+  config.optimizer.groups = groups
+  setup = open_setup(config)
+  after = initial_state(setup)
+  before = {name: np.array(x) for name, x in flatten(after.params).items()}
+  batch = place_batch(next(setup.pipeline.iterate()), setup.mesh)
+  step = compile_step(setup, after, batch, lambda _: None)
+  for _ in range(2):  # The learning rate of the first step is 0.
+    after, _ = step(after, batch)
+  now = flatten(after.params)
+  assert list(before) == list(now)
+  frozen = {name for name in before if name.startswith(("vision", "projector"))}
+  frozen |= {name for name in before if "embed" in name}
+  assert frozen < set(before)
+  # A shut warm-up gate gives the rest of the slow path no gradient yet.
+  stays = {name for name in before if np.array_equal(before[name], now[name])}
+  assert {name for name in stays if not name.startswith("adapters")} == frozen
+  remembered = {name.split(".mu.")[1] for name in flatten(after.opt_state) if ".mu." in name}
+  assert remembered == set(before) - frozen
+
+
+def test_a_run_in_which_nothing_learns_is_an_error(data):
+  with pytest.raises(UserError, match=r"optimizer.groups freezes every parameter: \(\('', 0.0\),\)"):
+    open_setup(config_of(data, "optimizer.groups=(('',0.0),)"))

@@ -13,6 +13,7 @@ from slowfast_jax.train.optimizer import (
   make_optimizer,
   parameter_paths,
   schedule,
+  split_frozen,
 )
 
 CONFIG = OptimizerConfig(
@@ -58,17 +59,26 @@ def test_the_first_matching_group_sets_the_factor():
     vision={"kernel": 1.0}, adapters={"kernel": 1.0, "warm_up": 1.0}, decoder={"kernel": 1.0}
   )
   gradients = jax.tree.map(jnp.ones_like, params)
-  groups = (("^vision", 0.0), (r"warm_up$", 10.0), ("^adapters", 2.0))
+  groups = (("^vision", 0.5), (r"warm_up$", 10.0), ("^adapters", 2.0))
   config = OptimizerConfig(0.1, 0, 100, max_grad_norm=1e9, groups=groups)
   # Adam's first step is the sign of the gradient.
   expected = {
-    "vision.kernel": 0.0,
+    "vision.kernel": -0.05,
     "adapters.kernel": -0.2,
     "adapters.warm_up": -1.0,
     "decoder.kernel": -0.1,
   }
   got = updates(config, params, gradients)
   assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_group_with_factor_0_is_frozen():
+  params = make_params(vision={"kernel": 1.0}, decoder={"kernel": 2.0, "bias": 3.0})
+  groups = (("decoder.bias", 0.1), ("vision|bias", 0.0))  # The first match counts.
+  learning, frozen = split_frozen(params, OptimizerConfig(0.1, 0, 100, groups=groups))
+  assert values_of(learning) == {"decoder.bias": 3.0, "decoder.kernel": 2.0}
+  assert values_of(frozen) == {"vision.kernel": 1.0}
+  assert values_of(nnx.merge_state(learning, frozen)) == values_of(params)
 
 
 def test_only_matrices_are_decayed():
