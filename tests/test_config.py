@@ -4,6 +4,7 @@
 import pytest
 
 from slowfast_jax.config import find_config, load_config
+from slowfast_jax.demo.run import STAGES as DEMO_STAGES
 from slowfast_jax.errors import UsageError, UserError
 
 EXAMPLE = """
@@ -152,12 +153,12 @@ def test_an_argument_that_get_config_does_not_take_is_named(example):
     load_config(example)
 
 
-@pytest.mark.parametrize("stage", ["", ":pretrain", ":slow_fast", ":fast_only"])
+@pytest.mark.parametrize("stage", ["", *(f":{stage}" for stage in DEMO_STAGES)])
 def test_the_demo_has_its_stages(stage):
   config = load_config(f"configs/demo.py{stage}", ["--config.train.steps=7"])
   assert config.train.steps == 7
-  assert config.model.slow == (stage in ("", ":slow_fast"))
-  assert (config.data.num_frames == 1) == (stage == ":pretrain")
+  assert config.model.slow == (not stage.startswith(":fast_only"))
+  assert (config.data.num_frames == 1) == stage.endswith("_stills")
 
 
 def test_an_unknown_stage_is_named():

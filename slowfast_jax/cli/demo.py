@@ -7,13 +7,13 @@ from pathlib import Path
 HELP = "make a small video question set, train on it, evaluate, answer a question"
 
 EXAMPLES = """examples:
-  slowfast demo                          # minutes on two cores; runs/demo/report.html
-  slowfast demo --fast --workdir /tmp/d  # the same path with hardly any training
-  slowfast demo --seed 1 --workdir runs/seed1
+  slowfast demo                             # minutes on two cores; runs/demo/report.html
+  slowfast demo --fast --workdir=runs/fast  # the same path with hardly any training
+  slowfast demo --seed=1 --workdir=runs/seed1
 
 It writes real mp4 files with questions about them, prepares them as records, trains a slow-fast
-model and its fast-only baseline from one start, asks both about videos that they have not seen,
-and shows where in the video the answers came from. The same command goes on where it was stopped.
+model and its fast-only baseline alike, asks both about videos that they have not seen, and shows
+where in the video the answers came from. The same command goes on where it was stopped.
 """
 
 
@@ -25,19 +25,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   from slowfast_jax.cli.progress import Progress
-  from slowfast_jax.demo.run import FAST, FULL, Demo
+  from slowfast_jax.demo.run import FAST, FULL, STAGES, Demo
 
   demo = Demo(Path(args.workdir), FAST if args.fast else FULL, args.seed, Progress)
   demo.make_data()
   demo.prepare()
   demo.align()
-  for stage in ("pretrain", "slow_fast", "fast_only"):
+  for stage in STAGES:
     demo.train(stage)
   data = demo.report()
   print(
     f"\nslow-fast {data.slow_fast.accuracy:.1%}, fast-only {data.fast_only.accuracy:.1%}, "
     f"chance {data.chance:.1%} on {data.num_questions} questions about unseen videos\n"
-    f"the most attended moment shows the event in {data.attention_hits:.1%} of the right answers\n"
+    f"the moment that counted most shows the event in {data.attention_hits:.1%} of the right answers\n"
     f"asked: {data.chat.question!r}\nanswered: {data.chat.answer!r}\n  {data.chat.command}\n"
     f"report: {demo.root / 'report.html'}"
   )

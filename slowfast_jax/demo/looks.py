@@ -24,7 +24,7 @@ class Look:
     doc: the question.
     reply, right: the answer of the slow-fast model.
     frames: what it saw.
-    profile: attention over the frames, see `SlowAttention.profile`.
+    profile: what the answer owes to each frame, see `SlowAttention.profile`.
   """
 
   doc: Doc
@@ -63,7 +63,7 @@ def look_again(
   videos: Path,
   progress: Callable[[int, int], Any],
 ) -> Iterator[Look]:
-  """Asks every question again and watches the attention of its words."""
+  """Asks every question again and watches what its answer owes to each frame."""
   for done, doc in enumerate(docs, 1):
     line = predictions[task.doc_id(doc)]
     frames = read_video(videos / task.video(doc), engine.export)
@@ -75,6 +75,6 @@ def look_again(
 
 
 def hit_rate(looks: Sequence[Look]) -> float:
-  """Share of the right answers whose question looked at the event; 0 where none is right."""
+  """Share of the right answers that came from the event; 0 where none is right."""
   right = [look for look in looks if look.right]
   return sum(look.hit for look in right) / len(right) if right else 0.0

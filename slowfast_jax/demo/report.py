@@ -39,7 +39,7 @@ class ModelResult:
   accuracy_by_kind: dict[str, float]
   counts_by_kind: dict[str, int]  # Questions, not right answers.
   loss_curve: Sequence[tuple[int, float]]  # Step, loss.
-  pretrain_curve: Sequence[tuple[int, float]]  # The same for both models where they share a start.
+  stills_curve: Sequence[tuple[int, float]]  # On still pictures, before any video.
   num_params: int
   llm_tokens: int  # Visual tokens in the decoder's sequence, a video.
 
@@ -58,7 +58,7 @@ class ClipResult:
   fast_only_correct: bool
   frames: UInt8[np.ndarray, "F h w 3"]
   timestamps: Float[np.ndarray, " F"]  # Seconds.
-  profile: Float[np.ndarray, " F"]  # Attention to each frame; need not sum to 1.
+  profile: Float[np.ndarray, " F"]  # What came from each frame; need not sum to 1.
   windows: Sequence[tuple[float, float]]  # Seconds between which the events are to be seen.
   kept: Sequence[int]  # Frames that the fast tokens keep.
 
@@ -99,7 +99,7 @@ class ReportData:
   fast_only: ModelResult
   zeroed_slow_accuracy: float  # The slow-fast model, its slow tokens set to zero.
   chance: float
-  attention_hits: float  # Share of questions whose most attended frame shows what is asked about.
+  attention_hits: float  # Share of the right answers that came from what is asked about.
   clips: Sequence[ClipResult]
   chat: ChatExample
   seconds: dict[str, float]  # By stage, in order.
@@ -269,14 +269,9 @@ def _kinds(data: ReportData) -> list[dict]:
 
 
 def _losses(data: ReportData) -> list[dict]:
-  slow, fast = data.slow_fast, data.fast_only
-  if list(slow.pretrain_curve) == list(fast.pretrain_curve):
-    start = [figures.Curve("both models", "both", slow.pretrain_curve)]
-  else:
-    start = _pair(data, "pretrain_curve")
   charts = (
-    ("The start they share", start),
-    ("From there, each on its own", _pair(data, "loss_curve")),
+    ("First, still pictures", _pair(data, "stills_curve")),
+    ("Then, videos", _pair(data, "loss_curve")),
   )
   return [
     {"title": title, "curves": curves, "chart": chart, "lost": _num_lost(curves)}

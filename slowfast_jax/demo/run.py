@@ -42,6 +42,7 @@ from slowfast_jax.train.loop import train
 Watch = Callable[[str, str], contextlib.AbstractContextManager[Callable[..., Any]]]
 
 MODELS = ("slow_fast", "fast_only")
+STAGES = ("slow_fast_stills", "slow_fast", "fast_only_stills", "fast_only")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,22 +51,23 @@ class Size:
 
   Attributes:
     num_train, num_test: clips.
-    num_stills: pictures that encoder and language model start from.
-    align_steps, pretrain_steps, steps: of the three stages of training.
+    num_stills: pictures that encoder and models start from.
+    align_steps: of the encoder.
+    stills_steps, steps: of each model, on stills and on videos.
   """
 
   num_train: int
   num_test: int
   num_stills: int
   align_steps: int
-  pretrain_steps: int
+  stills_steps: int
   steps: int
 
 
 FULL = Size(
-  num_train=900, num_test=84, num_stills=4000, align_steps=300, pretrain_steps=1200, steps=600
+  num_train=900, num_test=84, num_stills=4000, align_steps=300, stills_steps=900, steps=450
 )
-FAST = Size(num_train=48, num_test=8, num_stills=200, align_steps=60, pretrain_steps=20, steps=12)
+FAST = Size(num_train=48, num_test=8, num_stills=200, align_steps=60, stills_steps=20, steps=12)
 
 
 class Demo:
@@ -133,7 +135,7 @@ class Demo:
     words = COLOURS + SHAPES + PLACES
     with self._clock.stage("align encoder"), self.watch("Aligning encoder", "steps") as progress:
       export = align(
-        self.config("pretrain"),
+        self.config("slow_fast_stills"),
         source,
         tokenizer,
         words,
@@ -143,7 +145,7 @@ class Demo:
       save_export(self.root / "encoder", export)
 
   def train(self, stage: str) -> None:
-    """Trains "pretrain", "slow_fast" or "fast_only"."""
+    """Trains one of STAGES, from the stage before it."""
     if (self.root / stage / "export").is_dir():
       return
     clock = self._clock.stage(f"train {stage}")
@@ -174,7 +176,7 @@ class Demo:
     kinds = Counter(doc["kind"] for doc in docs)
     results = {
       model: model_result(
-        model.replace("_", "-"), self.root / model, self.root / "pretrain",
+        model.replace("_", "-"), self.root / model, self.root / f"{model}_stills",
         exports[model], evals[model], kinds,
       )
       for model in MODELS
@@ -222,9 +224,10 @@ class Demo:
 
   def config(self, stage: str) -> ml_collections.ConfigDict:
     """configs/demo.py for a stage, with this demo's folders, steps and seed."""
-    start = {"pretrain": "encoder"}.get(stage, "pretrain/export")
-    records = {"pretrain": "stills/records"}.get(stage, "records")
-    steps = self.size.pretrain_steps if stage == "pretrain" else self.size.steps
+    stills = stage.endswith("_stills")
+    start = "encoder" if stills else f"{stage}_stills/export"
+    records = "stills/records" if stills else "records"
+    steps = self.size.stills_steps if stills else self.size.steps
     return load_config(
       f"configs/demo.py:{stage}",
       [

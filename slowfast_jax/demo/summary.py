@@ -24,7 +24,7 @@ CLIPS = 6
 def model_result(
   name: str,
   folder: Path,
-  pretrain: Path,
+  stills: Path,
   export: Export,
   results: Mapping[str, Any],
   kinds: Counter,
@@ -36,7 +36,7 @@ def model_result(
     accuracy_by_kind=dict(results["accuracy_by_kind"]),
     counts_by_kind=dict(kinds),
     loss_curve=loss_curve(folder),
-    pretrain_curve=loss_curve(pretrain),
+    stills_curve=loss_curve(stills),
     num_params=sum(int(np.prod(x.shape)) for x in jax.tree.leaves(export.params)),
     llm_tokens=fast_tokens(export),
   )

@@ -34,7 +34,9 @@ PRESETS: dict[str, SlowFastConfig] = {
       mlp_width=192,
       rope_theta=1e6,
     ),
-    compressor=CompressorConfig(sampling_stride=8, temporal_stride=1, min_fast_frames=4),
+    compressor=CompressorConfig(
+      sampling_stride=8, temporal_stride=1, spatial_stride=2, min_fast_frames=4
+    ),
     hybrid=HybridConfig(every=1, min_depth=0, max_depth=2),
   ),
 }

@@ -41,7 +41,7 @@ def model(name, accuracy, **changes):
     "accuracy_by_kind": {kind: accuracy + 0.01 * i for i, kind in enumerate(KINDS)},
     "counts_by_kind": dict.fromkeys(KINDS, 75),
     "loss_curve": curve(1.4, 1 - accuracy),
-    "pretrain_curve": curve(6.0, 1.4),
+    "stills_curve": curve(6.0, 1.4),
     "num_params": 1_264_390,
     "llm_tokens": 36,
   }
@@ -251,19 +251,19 @@ def test_no_value_on_the_page_is_not_a_number(tmp_path):
 @pytest.mark.parametrize("losses", [[], [(0, 1.0)], [(5, 0.0), (6, 0.0)], [(0, math.nan)]])
 def test_short_curves(tmp_path, losses):
   models = [
-    model(name, 0.5, loss_curve=losses, pretrain_curve=[]) for name in ("Slow-fast", "Fast-only")
+    model(name, 0.5, loss_curve=losses, stills_curve=[]) for name in ("Slow-fast", "Fast-only")
   ]
   _, page, _ = written(tmp_path, report(slow_fast=models[0], fast_only=models[1]))
   drawn = any(math.isfinite(loss) for _, loss in losses)
   assert len(page.all("svg", "loss")) == drawn
 
 
-def test_a_shared_start_is_one_curve(tmp_path):
-  _, page, _ = written(tmp_path / "same", report())
-  assert [len(page.all("polyline", role)) for role in ("both", "slow", "fast")] == [2, 3, 2]
-  other = model("Fast-only", 0.3, pretrain_curve=curve(7.0, 1.0))
-  _, page, _ = written(tmp_path / "other", report(fast_only=other))
-  assert [len(page.all("polyline", role)) for role in ("both", "slow", "fast")] == [0, 5, 4]
+def test_stills_and_videos_have_a_chart_each(tmp_path):
+  _, page, _ = written(tmp_path, report())
+  assert "First, still pictures" in page.visible
+  assert "Then, videos" in page.visible
+  assert len(page.all("svg", "loss")) == 2
+  assert [len(page.all("polyline", role)) for role in ("slow", "fast")] == [5, 4]
 
 
 @pytest.mark.parametrize(("accuracy", "told_apart"), [(0.36, False), (0.9, True)])

@@ -11,10 +11,9 @@ import shlex
 
 import pytest
 
-from slowfast_jax.demo.run import FAST, FULL, Demo
+from slowfast_jax.demo.run import FAST, FULL, STAGES, Demo
 from slowfast_jax.errors import UserError
 
-STAGES = ["pretrain", "slow_fast", "fast_only"]
 TIMES = {"seconds", "seconds_by_stage"}
 
 
@@ -81,8 +80,8 @@ def test_accuracies_are_those_of_the_answers(done, report, field, folder):
 def test_records_and_exports_are_there(done):
   for stage in STAGES:
     config = json.loads((done.folder / stage / "export/config.json").read_text())
-    assert (config["model"]["hybrid"] is not None) == (stage == "slow_fast")
-    steps = FAST.pretrain_steps if stage == "pretrain" else FAST.steps
+    assert (config["model"]["hybrid"] is not None) == stage.startswith("slow_fast")
+    steps = FAST.stills_steps if stage.endswith("_stills") else FAST.steps
     assert (done.folder / stage / "checkpoints" / str(steps)).is_dir()
     assert (done.folder / stage / "metrics.jsonl").stat().st_size > 0
   assert len(list((done.folder / "videos").glob("*.mp4"))) == FAST.num_train + FAST.num_test
@@ -151,19 +150,25 @@ def test_a_folder_holds_one_demo(tmp_path):
   Demo(tmp_path / "other", FULL, 4, watch)
 
 
-def test_both_models_learn_from_the_same_start_data_and_steps(tmp_path):
+@pytest.mark.parametrize("suffix", ["_stills", ""])
+def test_both_models_learn_from_the_same_data_in_as_many_steps(tmp_path, suffix):
   """The only difference is the slow path."""
   demo = Demo(tmp_path, FULL, 3, watch)
-  slow_fast, fast_only = (demo.config(stage).to_dict() for stage in ("slow_fast", "fast_only"))
+  slow_fast, fast_only = (demo.config(f"{m}{suffix}").to_dict() for m in ("slow_fast", "fast_only"))
   assert (slow_fast["model"].pop("slow"), fast_only["model"].pop("slow")) == (True, False)
+  starts = [config["train"].pop("init_from") for config in (slow_fast, fast_only)]
+  if suffix:
+    assert starts == [str(tmp_path / "encoder")] * 2
+  else:
+    assert starts == [str(tmp_path / f"{m}_stills/export") for m in ("slow_fast", "fast_only")]
   assert slow_fast == fast_only
   assert slow_fast["seed"] == 3
-  assert slow_fast["train"]["steps"] == FULL.steps
-  assert slow_fast["train"]["init_from"] == str(tmp_path / "pretrain/export")
+  assert slow_fast["train"]["steps"] == (FULL.stills_steps if suffix else FULL.steps)
 
 
 def test_stills_come_before_videos(tmp_path):
-  config = Demo(tmp_path, dataclasses.replace(FULL, pretrain_steps=7), 0, watch).config("pretrain")
-  assert (config.data.num_frames, config.train.steps, config.model.slow) == (1, 7, False)
+  size = dataclasses.replace(FULL, stills_steps=7)
+  config = Demo(tmp_path, size, 0, watch).config("slow_fast_stills")
+  assert (config.data.num_frames, config.train.steps, config.model.slow) == (1, 7, True)
   assert config.data.records == str(tmp_path / "stills/records")
   assert config.train.init_from == str(tmp_path / "encoder")

@@ -97,15 +97,15 @@ def write_metrics(folder, *losses):
 
 
 def test_model_results(tmp_path):
-  folder, pretrain = write_metrics(tmp_path / "m", 2, 1.5), write_metrics(tmp_path / "p", 3)
+  folder, stills = write_metrics(tmp_path / "m", 2, 1.5), write_metrics(tmp_path / "p", 3)
   assert loss_curve(folder) == [(10, 2.0), (20, 1.5)]
   results = {"accuracy": 0.75, "accuracy_by_kind": {"colour": 0.5, "place": 1.0}, "chance": 0.25}
   kinds = Counter(["colour", "place", "place"])
-  with_slow = model_result("slow-fast", folder, pretrain, EXPORT, results, kinds)
-  assert with_slow.pretrain_curve == [(10, 3.0)]
+  with_slow = model_result("slow-fast", folder, stills, EXPORT, results, kinds)
+  assert with_slow.stills_curve == [(10, 3.0)]
   assert (with_slow.accuracy, with_slow.llm_tokens) == (0.75, 16)
   assert with_slow.counts_by_kind == {"colour": 1, "place": 2}
-  without = model_result("fast-only", folder, pretrain, make_export(hybrid=False), results, kinds)
+  without = model_result("fast-only", folder, stills, make_export(hybrid=False), results, kinds)
   # Keys, values and gates of two hybrid layers at least.
   assert with_slow.num_params - without.num_params > 2 * 2 * 32 * 16
   assert without.llm_tokens == with_slow.llm_tokens
