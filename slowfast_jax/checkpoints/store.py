@@ -288,16 +288,25 @@ def _from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
     raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}")
   made = {}
   for name, value in values.items():
-    nested = _dataclass_of(hints[name])
-    made[name] = value if nested is None or value is None else _from_dict(nested, value)
+    nested = None if value is None else _dataclass_of(hints[name], value)
+    made[name] = value if nested is None else _from_dict(nested, value)
   return kind(**made)
 
 
-def _dataclass_of(hint: Any) -> type | None:
+def _dataclass_of(hint: Any, values: Mapping[str, Any]) -> type | None:
+  """The dataclass that a field holds; of several, the one whose `family` may be the values'."""
   options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-  return next(
-    (kind for kind in options if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None
-  )
+  kinds = [kind for kind in options if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+  if len(kinds) < 2:
+    return kinds[0] if kinds else None
+  families = {
+    family: kind
+    for kind in kinds
+    for family in typing.get_args(typing.get_type_hints(kind)["family"])
+  }
+  if values.get("family") not in families:
+    raise ValueError(f"family must be one of {tuple(families)}, got {values.get('family')!r}")
+  return families[values["family"]]
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: epath.Path) -> None:

@@ -24,7 +24,7 @@ from slowfast_jax.models.decoder import (
 from slowfast_jax.models.hybrid import HybridAdapter, HybridConfig, SlowKV, SlowQuery, slow_query
 from slowfast_jax.models.layers import layer_of, stack
 from slowfast_jax.models.projector import Projector, projector_depth
-from slowfast_jax.models.vit import ViT, ViTConfig
+from slowfast_jax.models.vision import VisionConfig, make_vision
 from slowfast_jax.shapes import FAST, Batch
 
 
@@ -56,7 +56,7 @@ class CompressorConfig:
 class SlowFastConfig:
   """The parts of a slow-fast model; `hybrid=None` is the fast-only baseline."""
 
-  vision: ViTConfig
+  vision: VisionConfig
   decoder: DecoderConfig
   compressor: CompressorConfig
   hybrid: HybridConfig | None
@@ -81,7 +81,7 @@ class SlowFast(nnx.Module):
 
   def __init__(self, cfg: SlowFastConfig, *, rngs: nnx.Rngs):
     self.cfg = cfg
-    self.vision = ViT(cfg.vision, rngs=rngs)
+    self.vision = make_vision(cfg.vision, rngs=rngs)
     self.projector = Projector(cfg.projector, cfg.vision.width, cfg.decoder.width, rngs=rngs)
     self.decoder = Decoder(cfg.decoder, rngs=rngs)
     self.adapters = (
