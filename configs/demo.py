@@ -4,8 +4,8 @@
   slowfast train --config=configs/demo.py --workdir=runs/mine \\
     --config.data.records=runs/mine/records --config.data.tokenizer=runs/demo/tokenizer
 
-`configs/demo.py:STAGE` is another stage. Each model learns from still pictures first and from videos
-then: slow_fast_stills and slow_fast (the default), or fast_only_stills and fast_only, the same
+`configs/demo.py:STAGE` is another stage. Each model learns from still pictures first and then from
+videos: slow_fast_stills and slow_fast (the default), or fast_only_stills and fast_only, the same
 without the slow path.
 """
 

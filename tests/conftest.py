@@ -6,12 +6,14 @@ And one run of `slowfast demo`, which takes a minute, for all tests that need wh
 
 import dataclasses
 import getpass
+import json
 import os
 import shlex
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # Through the environment, so that the commands which tests start compile into the same cache. Not
 # in the checkout: compiled code must not travel to a machine with another processor.
@@ -55,6 +57,9 @@ class Shell:
   def slowfast(self, command: str) -> subprocess.CompletedProcess:
     """Runs a line that begins with `slowfast`."""
     return self.python("-m", "slowfast_jax.cli.main", *shlex.split(command)[1:])
+
+  def json(self, name: str) -> Any:
+    return json.loads((self.path / name).read_text(encoding="utf-8"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,8 @@
 import argparse
 from pathlib import Path
 
+from slowfast_jax.errors import UsageError
+
 HELP = "make a small video question set, train on it, evaluate, answer a question"
 
 EXAMPLES = """examples:
@@ -25,8 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   from slowfast_jax.cli.progress import Progress
+  from slowfast_jax.demo.questions import NUM_SEEDS
   from slowfast_jax.demo.run import FAST, FULL, STAGES, Demo
 
+  if not 0 <= args.seed < NUM_SEEDS:
+    raise UsageError(f"--seed must be from 0 to {NUM_SEEDS - 1}, got {args.seed}.")
   demo = Demo(Path(args.workdir), FAST if args.fast else FULL, args.seed, Progress)
   demo.make_data()
   demo.prepare()
@@ -37,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
   print(
     f"\nslow-fast {data.slow_fast.accuracy:.1%}, fast-only {data.fast_only.accuracy:.1%}, "
     f"chance {data.chance:.1%} on {data.num_questions} questions about unseen videos\n"
-    f"the moment that counted most shows the event in {data.attention_hits:.1%} of the right answers\n"
+    f"the moment that counted most shows the event in {data.attention_hits:.1%} of the answers "
+    "that are right\n"
     f"asked: {data.chat.question!r}\nanswered: {data.chat.answer!r}\n  {data.chat.command}\n"
     f"report: {demo.root / 'report.html'}"
   )

@@ -19,9 +19,10 @@ from typing import Any
 
 from slowfast_jax.data.annotations import AnnotationError, scan_annotations
 from slowfast_jax.data.prepare_config import PrepareConfig, PrepareError
-from slowfast_jax.data.prepare_folder import OutputFolder, Shard, write_json
+from slowfast_jax.data.prepare_folder import OutputFolder, Shard
 from slowfast_jax.data.prepare_record import Item, Made, make
 from slowfast_jax.data.workers import Failure, Workers
+from slowfast_jax.files import replace_json
 
 # About 500 MB at 32 frames of 384 px: few files, and little to do again after a kill.
 _VIDEOS_PER_SHARD = 256
@@ -123,7 +124,7 @@ class _Run:
       )
       file = folder.path / "report.json"
       if resumed < len(shards) or not file.exists():  # Else it tells of the run that did the work.
-        write_json(file, dataclasses.asdict(report))
+        replace_json(file, dataclasses.asdict(report))
     return report
 
   def _read_items(self) -> tuple[list[Item], list[dict[str, Any]]]:

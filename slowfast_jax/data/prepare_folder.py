@@ -20,6 +20,7 @@ from array_record.python import array_record_module
 
 from slowfast_jax.data import records
 from slowfast_jax.data.prepare_config import PrepareError
+from slowfast_jax.files import replace_json, replace_text
 
 # How the command line calls the fields that it does not call by their name.
 _FLAGS = {"num_frames": "--frames"}
@@ -103,7 +104,7 @@ class OutputFolder:
       if self._has_records():
         raise PrepareError(self._describe_change(changed[0], before, settings))
       self._forget()  # Nothing worth keeping, as after a wrong --videos.
-    write_json(file, settings)
+    replace_json(file, settings)
 
   def _describe_change(self, name: str, before: Mapping, now: Mapping) -> str:
     flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
@@ -152,7 +153,7 @@ class OutputFolder:
 
   def write_errors(self, errors: list[dict[str, Any]]) -> None:
     lines = [json.dumps(error, ensure_ascii=False) + "\n" for error in errors]
-    _replace(self.path / "errors.jsonl", "".join(lines))
+    replace_text(self.path / "errors.jsonl", "".join(lines))
 
   def _shard_file(self, shard: int) -> pathlib.Path:
     return self.path / records.shard_name(shard, self.num_shards)
@@ -202,7 +203,7 @@ class ShardWriter:
     os.replace(self._temporary, self._file)
     counts = (self._frames, self._lost_frames, self._bytes, size)
     shard = Shard(self._conversations, *counts, self.errors)
-    write_json(self._state_file, dataclasses.asdict(shard))
+    replace_json(self._state_file, dataclasses.asdict(shard))
 
   def _unwritable(self, error: Exception) -> PrepareError:
     free = shutil.disk_usage(self._file.parent).free / 2**20
@@ -210,13 +211,3 @@ class ShardWriter:
       f"{self._file}: cannot be written, {free:.0f} MiB are free on its disk; make room and run "
       f"the same command again ({error})"
     )
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  _replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(text, encoding="utf-8")
-  os.replace(temporary, path)

@@ -29,6 +29,7 @@ from slowfast_jax.demo.scenes import (
   write_video,
 )
 from slowfast_jax.eval.tasks.prompts import LETTERS, choose_from_prompt
+from slowfast_jax.files import replace_text
 
 KINDS = ("colour", "shape", "place", "first")
 VALUES = {"colour": COLOURS, "shape": SHAPES, "place": PLACES}
@@ -53,6 +54,7 @@ _GEOMETRY = Geometry()
 # apart, but for the rounding of their difference.
 _APART = 2.99
 _SPLIT_SEEDS = 1_000_000  # Scene seeds that belong to one split of one question set.
+NUM_SEEDS = 500  # Question sets; behind their scene seeds come those of the stills.
 
 
 @dataclass(frozen=True)
@@ -337,8 +339,11 @@ def scene_seeds(seed: int, split: str, count: int) -> range:
   """
   if split not in ("train", "test"):
     raise ValueError(f"split must be train or test, got {split!r}.")
-  if seed < 0 or not 0 <= count <= _SPLIT_SEEDS:
-    raise ValueError(f"Need seed >= 0 and at most {_SPLIT_SEEDS} videos, got {seed} and {count}.")
+  if not 0 <= seed < NUM_SEEDS or not 0 <= count <= _SPLIT_SEEDS:
+    raise ValueError(
+      f"Need a seed from 0 to {NUM_SEEDS - 1} and at most {_SPLIT_SEEDS} videos, "
+      f"got {seed} and {count}."
+    )
   first = (2 * seed + (split == "test")) * _SPLIT_SEEDS
   return range(first, first + count)
 
@@ -369,16 +374,10 @@ def make_question_set(
   jobs = [(s, paths.videos / name) for scenes in splits.values() for name, s in scenes.items()]
   _write_all(jobs, workers, progress or (lambda done, total: None))
   entries = training_annotations(splits["train"], dialogues, seed)
-  _replace(paths.train, json.dumps(entries, indent=1))
+  replace_text(paths.train, json.dumps(entries, indent=1))
   lines = [json.dumps(question.to_json()) for question in balanced_questions(splits["test"], seed)]
-  _replace(paths.test, "".join(line + "\n" for line in lines))
+  replace_text(paths.test, "".join(line + "\n" for line in lines))
   return paths
-
-
-def _replace(path: Path, text: str) -> None:
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(text, encoding="utf-8")
-  os.replace(partial, path)
 
 
 def _write_all(

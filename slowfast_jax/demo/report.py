@@ -19,6 +19,7 @@ from jaxtyping import Float, UInt8
 from slowfast_jax.demo import report_figures as figures
 from slowfast_jax.demo.questions import num_options
 from slowfast_jax.eval.tasks.prompts import LETTERS
+from slowfast_jax.files import replace_text
 
 _KIND_TITLES = {
   "colour": "What colour was it?",
@@ -145,8 +146,8 @@ def write_report(data: ReportData, folder: str | os.PathLike) -> None:
   root = Path(folder)
   root.mkdir(parents=True, exist_ok=True)
   numbers = json.dumps(report_numbers(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-  _replace(root / "report.html", render_page(data, numbers))
-  _replace(root / "report.json", numbers)
+  replace_text(root / "report.html", render_page(data, numbers))
+  replace_text(root / "report.json", numbers)
 
 
 def report_numbers(data: ReportData) -> dict:
@@ -353,9 +354,3 @@ def _interval(share: float, count: int) -> list[float]:
 def _spread(count: int) -> list[int]:
   shown = min(count, _CHAT_FRAMES)
   return [i * count // shown for i in range(shown)]
-
-
-def _replace(path: Path, text: str) -> None:
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(text, encoding="utf-8")
-  os.replace(partial, path)

@@ -34,6 +34,7 @@ from slowfast_jax.demo.summary import clip_results, model_result, report_data
 from slowfast_jax.errors import UserError
 from slowfast_jax.eval.runner import evaluate
 from slowfast_jax.eval.tasks import get_task
+from slowfast_jax.files import replace_json
 from slowfast_jax.generate.engine import Engine
 from slowfast_jax.models.presets import PRESETS
 from slowfast_jax.train.loop import train
@@ -244,7 +245,7 @@ class Demo:
     path = self.root / "demo.json"
     now = {**dataclasses.asdict(self.size), "seed": self.seed}
     if not path.exists():
-      path.write_text(json.dumps(now))
+      replace_json(path, now)
     elif (before := json.loads(path.read_text())) != now:
       changed = [f"{k}: {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
       raise UserError(
@@ -270,7 +271,7 @@ class _Clock:
       yield
     finally:
       self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
-      self._path.write_text(json.dumps(self.seconds))
+      replace_json(self._path, self.seconds)
 
 
 def _turns(annotations: Path) -> Iterator[dict[str, str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from slowfast_jax.errors import UserError
+from slowfast_jax.files import replace_json, replace_text
 
 PREDICTIONS, RUN, RESULTS = "predictions.jsonl", "run.json", "results.json"
 
@@ -33,11 +34,11 @@ class PredictionsFile:
     self._path = folder / PREDICTIONS
     if self._path.exists():
       _check_run(folder, run)
-    write_json(folder / RUN, run)
+    replace_json(folder / RUN, run)
     self.done = {line["id"]: line for line in self._read()}
     if retry_errors and any(line["error"] for line in self.done.values()):
       self.done = {i: line for i, line in self.done.items() if not line["error"]}
-      _replace(self._path, b"".join(map(_encode, self.done.values())))
+      replace_text(self._path, "".join(map(_encode, self.done.values())))
     self._file: BinaryIO = self._path.open("ab")
 
   def __enter__(self) -> "PredictionsFile":
@@ -49,7 +50,7 @@ class PredictionsFile:
   def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
     """Adds lines, each with an "id" and an "error"; they are on the disk when this returns."""
     for line in lines:
-      self._file.write(_encode(line))
+      self._file.write(_encode(line).encode())
       self.done[line["id"]] = dict(line)
     self._file.flush()
     os.fsync(self._file.fileno())
@@ -75,11 +76,6 @@ class PredictionsFile:
     return lines
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-  """Writes the file, or replaces it, at once."""
-  _replace(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
 def _check_run(folder: Path, run: Mapping[str, Any]) -> None:
   path = folder / RUN
   try:
@@ -97,11 +93,5 @@ def _check_run(folder: Path, run: Mapping[str, Any]) -> None:
     )
 
 
-def _encode(line: Mapping[str, Any]) -> bytes:
-  return (json.dumps(line, ensure_ascii=False) + "\n").encode()
-
-
-def _replace(path: Path, content: bytes) -> None:
-  partial = path.with_name(path.name + ".partial")
-  partial.write_bytes(content)
-  os.replace(partial, path)
+def _encode(line: Mapping[str, Any]) -> str:
+  return json.dumps(line, ensure_ascii=False) + "\n"

@@ -20,8 +20,9 @@ from absl import logging
 
 from slowfast_jax.checkpoints.store import Export, load_export
 from slowfast_jax.errors import UserError
-from slowfast_jax.eval.results import RESULTS, PredictionsFile, write_json
+from slowfast_jax.eval.results import RESULTS, PredictionsFile
 from slowfast_jax.eval.tasks import Doc, Prediction, Task, get_task
+from slowfast_jax.files import replace_json
 from slowfast_jax.generate.engine import Engine, VideoSession
 from slowfast_jax.generate.video import ModelFrames, read_video
 from slowfast_jax.sharding import make_mesh
@@ -75,7 +76,7 @@ def evaluate(
         todo, lambda: _tell(report, predictions, len(questions))
       )
   results = {task.name: summarize(task, docs, predictions.done)}
-  write_json(folder / RESULTS, results)
+  replace_json(folder / RESULTS, results)
   return results
 
 

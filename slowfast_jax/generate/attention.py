@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from slowfast_jax.generate.programs import Visual, embed_prompts, query_of
+from slowfast_jax.generate.programs import Visual, embed_prompts, query_of, uncached
 from slowfast_jax.generate.prompts import Prompts
-from slowfast_jax.models.decoder import ReadSlow, causal_mask
+from slowfast_jax.models.decoder import ReadSlow
 from slowfast_jax.models.hybrid import SlowQuery
 from slowfast_jax.models.layers import layer_of
 from slowfast_jax.models.slowfast import SlowFast
@@ -72,14 +72,12 @@ def attend(
   so each frame's part is what the answer owes to that frame; it can be negative. All are zero where
   a position queries nothing.
   """
-  T, query, kv = prompts.tokens.shape[1], query_of(prompts.text_index, visual), visual.kv
+  query, kv = query_of(prompts.text_index, visual), visual.kv
   adapters = model.adapters
   if kv is None or query is None or adapters is None:
     raise ValueError("Attention to slow tokens needs hybrid layers and a video.")
   x = embed_prompts(model, prompts, visual)
-  valid = jnp.arange(T) < prompts.lengths[:, None]
-  positions = jnp.broadcast_to(jnp.arange(T), valid.shape)
-  mask = causal_mask(valid.astype(jnp.int32))
+  positions, mask = uncached(prompts)
 
   def log_probs(changes: Float[Array, "A B N X S"], share: Float[Array, ""]):
     """Of every token at `asked` when only this share of the slow path is let in."""
@@ -114,7 +112,9 @@ def attend(
   answer = jnp.argmax(full, axis=-1)[:, None]
 
   def add_effect(total, share):
-    said = lambda changes: jnp.sum(jnp.take_along_axis(log_probs(changes, share)[0], answer, 1))
+    def said(changes):
+      return jnp.sum(jnp.take_along_axis(log_probs(changes, share)[0], answer, axis=1))
+
     return total + jax.grad(said)(none) / _SHARES, None
 
   middles = (jnp.arange(_SHARES) + 0.5) / _SHARES

@@ -248,6 +248,8 @@ def test_train_and_test_never_share_a_scene():
   assert {s.fingerprint for s in TRAIN.values()}.isdisjoint(s.fingerprint for s in TEST.values())
   with pytest.raises(ValueError, match="at most 1000000 videos, got 0 and 1000001"):
     scene_seeds(0, "train", 1_000_001)
+  with pytest.raises(ValueError, match="a seed from 0 to 499"):  # Stills have the seeds behind.
+    scene_seeds(500, "train", 1)
   with pytest.raises(ValueError, match="train or test, got 'valid'"):
     scene_seeds(0, "valid", 1)
 

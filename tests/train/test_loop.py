@@ -324,5 +324,5 @@ def test_frozen_parts_stay_as_they_are_and_cost_no_memory(data):
 
 
 def test_a_run_in_which_nothing_learns_is_an_error(data):
-  with pytest.raises(UserError, match=r"optimizer.groups freezes every parameter: \(\('', 0.0\),\)"):
+  with pytest.raises(UserError, match=r"groups freezes every parameter: \(\('', 0.0\),\)"):
     open_setup(config_of(data, "optimizer.groups=(('',0.0),)"))
