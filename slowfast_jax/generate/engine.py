@@ -13,16 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 
 from slowfast_jax.checkpoints.store import Export
 from slowfast_jax.data.chat import Turn, encode_prompt
+from slowfast_jax.data.tokenizer import Tokenizer
 from slowfast_jax.errors import UserError
 from slowfast_jax.generate import programs
 from slowfast_jax.generate.attention import SlowAttention, attend
 from slowfast_jax.generate.programs import Decoding, Visual
 from slowfast_jax.generate.prompts import Prompts, bucket, build_prompts
 from slowfast_jax.generate.sampling import Sampling, make_sampling
+from slowfast_jax.generate.sessions import (
+  RowMedia,
+  Sessions,
+  VideoSession,
+  as_tuple,
+  join,
+  stack_rows,
+)
 from slowfast_jax.generate.text import TextPieces
 from slowfast_jax.models.compressor import pooling_matrix
 from slowfast_jax.models.hybrid import SlowKV
@@ -32,29 +41,8 @@ from slowfast_jax.sharding import sharding_of, state_shardings
 
 # New tokens that `stream` waits for: few enough to look alive, enough to keep the device busy.
 STREAM_STEPS = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoSession:
-  """A video that was encoded and can be asked. Its arrays stay on the devices.
-
-  Attributes:
-    slow: slow tokens; frames past `num_frames` are padding.
-    fast: fast tokens, flat; those past `num_fast` are padding.
-    kv: slow keys and values of every hybrid layer; None where the model has none.
-    num_frames: frames of the video.
-    num_fast: decoder positions that it takes.
-  """
-
-  slow: Float[Array, "1 F P D"]
-  fast: Float[Array, "1 fast D"]
-  kv: SlowKV | None
-  num_frames: int
-  num_fast: int
-
-  @property
-  def num_slow(self) -> int:
-    return self.num_frames * self.slow.shape[2]
+# Positions whose scores are computed at once; a large vocabulary takes 600 kB for each.
+SCORED_POSITIONS = 512
 
 
 @dataclasses.dataclass
@@ -69,6 +57,8 @@ class _Run:
 
 class Engine:
   """A model that answers.
+
+  Without a tokenizer it takes and gives token ids; only text needs one.
 
   Args:
     export: the model and all that is needed to ask it.
@@ -86,17 +76,32 @@ class Engine:
     batch_size: int = 1,
   ):
     self.export = export
-    self.tokenizer = export.tokenizer
-    self.stop_ids = (export.tokenizer.im_end_id, export.tokenizer.eos_id)
+    self.stop_ids = _stop_ids(export)
+    self.max_length: int | None = getattr(export, "max_length", None)
     self._mesh, self._batch_size = mesh, batch_size
     self._dtype = jnp.dtype(dtype)
     params = export.params
     self.params = params if mesh is None else jax.device_put(params, state_shardings(params, mesh))
     self._graphdef = graphdef_of(export.model)
     self._encode = self._compile(programs.encode_video, static=("dtype",))
+    self._forward = self._compile(programs.forward)
+    self._scores = self._compile(programs.scores, static=("count",))
     self._prefill = self._compile(programs.prefill, static=("max_new_tokens",))
     self._decode = self._compile(programs.decode, donate=("state",))
     self._attend = self._compile(attend, static=("tokens_per_frame",))
+
+  @property
+  def tokenizer(self) -> Tokenizer:
+    """
+    Raises:
+      UserError: the checkpoint has none.
+    """
+    if self.export.tokenizer is None:
+      raise UserError(
+        "The checkpoint has no tokenizer, so it takes and gives token ids only; copy the files of "
+        "its tokenizer (tokenizer.json, tokenizer_config.json) into its folder."
+      )
+    return self.export.tokenizer
 
   def _compile(
     self, program: Callable, static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
@@ -150,15 +155,42 @@ class Engine:
     kv = jax.tree.map(lambda x: self._place(x, None, None, None, "heads"), kv)
     return VideoSession(slow, fast, kv, count, fast.shape[1] // len(pooling) * len(map_QF))
 
-  def prompt_ids(self, question: str | Sequence[Turn], session: VideoSession | None) -> list[int]:
+  def prompt_ids(self, question: str | Sequence[Turn], sessions: Sessions) -> list[int]:
     """Token ids of a question, or of a conversation that ends with one."""
-    num_media = 0 if session is None else 1
-    return encode_prompt(self.tokenizer, question, self.export.system, num_media)
+    return encode_prompt(self.tokenizer, question, self.export.system, len(as_tuple(sessions)))
+
+  def logits(
+    self, prompts: Sequence[Sequence[int]], sessions: Sequence[Sessions]
+  ) -> list[Float32[np.ndarray, "n V"]]:
+    """Scores of the vocabulary at every position of every merged prompt.
+
+    Args:
+      prompts, sessions: as in `generate`.
+    """
+    if not prompts:
+      return []
+    built, visual = self.build(prompts, sessions)
+    hidden = self._forward(prompts=built, visual=visual)
+    return [self._scores_of(hidden, i, int(built.lengths[i])) for i in range(len(prompts))]
+
+  def _scores_of(
+    self, hidden: Float[Array, "B T D"], row: int, length: int
+  ) -> Float32[np.ndarray, "n V"]:
+    """Scores of a row, part by part, so that the device never holds those of all positions."""
+    count = min(SCORED_POSITIONS, hidden.shape[1])
+    found = np.empty((length, self.export.model.decoder.vocab_size), np.float32)
+    for start in range(0, length, count):
+      # The last part may reach back: parts have one size.
+      first = min(start, hidden.shape[1] - count)
+      part = self._scores(hidden=hidden, row=np.int32(row), start=np.int32(first), count=count)
+      stop = min(first + count, length)
+      found[first:stop] = np.asarray(part)[: stop - first]
+    return found
 
   def generate(
     self,
     prompts: Sequence[Sequence[int]],
-    sessions: Sequence[VideoSession | None],
+    sessions: Sequence[Sessions],
     max_new_tokens: int = 256,
     *,
     temperature: float = 0.0,
@@ -169,8 +201,10 @@ class Engine:
     """New token ids of every prompt, its stop token included where it came to one.
 
     Args:
-      prompts: token ids, IMAGE_TOKEN (-200) once where the prompt has a video.
-      sessions: the video of each prompt; None: text alone. May be the same for several.
+      prompts: token ids, IMAGE_TOKEN (-200) where a video or image goes. Merged prompts longer
+        than the model's maximum are cut on the right.
+      sessions: of each prompt its video or image, or several in the order of their placeholders;
+        None: text alone. May be the same for several prompts.
       max_new_tokens: at most so many.
       temperature: 0 is greedy.
       top_p: draw from the likeliest tokens, which together have this probability.
@@ -198,7 +232,7 @@ class Engine:
   def answer(
     self,
     questions: Sequence[str | Sequence[Turn]],
-    sessions: Sequence[VideoSession | None],
+    sessions: Sequence[Sessions],
     max_new_tokens: int = 256,
     **options,
   ) -> list[str]:
@@ -210,7 +244,7 @@ class Engine:
   def stream(
     self,
     question: str | Sequence[Turn],
-    session: VideoSession | None,
+    sessions: Sessions,
     max_new_tokens: int = 256,
     *,
     temperature: float = 0.0,
@@ -218,11 +252,17 @@ class Engine:
     seed: int = 0,
     decode_cross_attention: bool = True,
   ) -> Iterator[str]:
-    """Pieces of the reply as they come; together they are what `answer` returns."""
+    """Pieces of the reply as they come; together they are what `answer` returns.
+
+    Raises:
+      UserError: the prompt is longer than the model's maximum: cut, it would have no question.
+    """
     pieces = TextPieces(self.tokenizer)
+    ids = self.prompt_ids(question, sessions)
+    self._check_length(ids, as_tuple(sessions))
     run = self._start(
-      [self.prompt_ids(question, session)],
-      [session],
+      [ids],
+      [sessions],
       max_new_tokens,
       temperature=temperature,
       top_p=top_p,
@@ -279,7 +319,7 @@ class Engine:
   def build(
     self,
     prompts: Sequence[Sequence[int]],
-    sessions: Sequence[VideoSession | None],
+    sessions: Sequence[Sessions],
     least_rows: int = 1,
   ) -> tuple[Prompts, Visual]:
     """The arrays of a batch, padded to its bucket."""
@@ -288,34 +328,45 @@ class Engine:
     rows = bucket(len(prompts), least_rows)
     shards = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
     rows = -(-rows // shards) * shards
-    hybrid = self.export.model.hybrid
-    visual = self._gather(sessions, rows)
+    model = self.export.model
+    media = [join(as_tuple(s)) for s in sessions]
     built = build_prompts(
       prompts,
-      [0 if s is None else s.num_fast for s in sessions],
-      fast_bound=visual.fast.shape[1] if any(s is not None for s in sessions) else 0,
+      [() if m is None else m.num_fast for m in media],
+      fast_bound=max(0 if m is None else m.fast.shape[1] for m in media),
       rows=rows,
-      query_set="text-only" if hybrid is None else hybrid.queries,
+      query_set="text-only" if model.hybrid is None else model.hybrid.queries,
+      vocab_size=model.decoder.vocab_size,
+      max_length=self.max_length,
     )
+    visual = self._visual([*media, *[None] * (rows - len(media))], built)
     return jax.tree.map(lambda array: self._place(array, "batch"), built), visual
 
-  def _gather(self, sessions: Sequence[VideoSession | None], rows: int) -> Visual:
+  def _visual(self, media: Sequence[RowMedia | None], built: Prompts) -> Visual:
     """The visual arrays of all rows, padded to the longest."""
-    padding = [None] * (rows - len(sessions))
-    some = next((s for s in sessions if s is not None), None)
-    num_slow = np.array([0 if s is None else s.num_slow for s in [*sessions, *padding]], np.int32)
-    if some is None:
-      width = self.export.model.decoder.width
-      fast = jnp.zeros((rows, 1, width), self._dtype)
-      return Visual(self._place(fast, "batch"), None, self._place(num_slow, "batch"))
-    fast = _stack([None if s is None else s.fast for s in [*sessions, *padding]], axis=0)
+    # A row that was cut before its first video reads nothing.
+    shown = (built.kind == FAST).any(axis=1)
+    num_slow = np.array([0 if m is None else m.num_slow for m in media], np.int32) * shown
     kv = None
-    if some.kv is not None:
-      pairs = [None if s is None else s.kv for s in [*sessions, *padding]]
-      k = _stack([None if p is None else p.k for p in pairs], axis=1)
-      v = _stack([None if p is None else p.v for p in pairs], axis=1)
-      kv = SlowKV(*(self._place(x, None, "batch", None, "heads") for x in (k, v)))
+    if all(m is None for m in media):
+      fast = jnp.zeros((len(media), 1, self.export.model.decoder.width), self._dtype)
+    else:
+      fast = stack_rows([None if m is None else m.fast for m in media], axis=0)
+      pairs = [None if m is None else m.kv for m in media]
+      if any(pair is not None for pair in pairs):
+        k = stack_rows([None if p is None else p.k for p in pairs], axis=1)
+        v = stack_rows([None if p is None else p.v for p in pairs], axis=1)
+        kv = SlowKV(*(self._place(x, None, "batch", None, "heads") for x in (k, v)))
     return Visual(self._place(fast, "batch"), kv, self._place(num_slow, "batch"))
+
+  def _check_length(self, ids: Sequence[int], sessions: Sequence[VideoSession]) -> None:
+    num_fast = sum(s.num_fast for s in sessions)
+    length = len(ids) - len(sessions) + num_fast
+    if self.max_length is not None and length > self.max_length:
+      raise UserError(
+        f"The prompt takes {length} positions, {num_fast} of them for videos and images, and the "
+        f"model has {self.max_length}; write a shorter question or take fewer frames."
+      )
 
   def _place(self, array: Array | np.ndarray, *axes: str | None) -> Array:
     """Puts an array where its first axes, by their logical names, belong on the mesh."""
@@ -361,18 +412,8 @@ class Engine:
     return ids[: stops[0] + 1] if stops else ids
 
 
-def _stack(rows: Sequence[Array | None], axis: int) -> Array:
-  """Arrays of batch size 1 along `axis`, the next axis padded to the longest; None is zeros."""
-  some = next(row for row in rows if row is not None)
-  length = max(row.shape[axis + 1] for row in rows if row is not None)
-
-  def fill(row: Array | None) -> Array:
-    if row is None:
-      shape = list(some.shape)
-      shape[axis + 1] = length
-      return jnp.zeros(shape, some.dtype)
-    widths = [(0, 0)] * row.ndim
-    widths[axis + 1] = (0, length - row.shape[axis + 1])
-    return jnp.pad(row, widths) if widths[axis + 1][1] else row
-
-  return jnp.concatenate([fill(row) for row in rows], axis=axis)
+def _stop_ids(export: Export) -> tuple[int, ...]:
+  """Tokens that end a reply."""
+  tokenizer, more = export.tokenizer, getattr(export, "stop_ids", ())
+  own = () if tokenizer is None else (tokenizer.im_end_id, tokenizer.eos_id)
+  return tuple(dict.fromkeys([*own, *more]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is compiled, as pure functions: encode a video, prefill prompts, decode new tokens."""
+"""What is compiled, as pure functions: encode a video, score prompts, prefill and decode."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from slowfast_jax.generate.prompts import Prompts
 from slowfast_jax.generate.sampling import Sampling, next_token
 from slowfast_jax.models.compressor import compress
-from slowfast_jax.models.decoder import KVCache
+from slowfast_jax.models.decoder import KVCache, causal_mask
 from slowfast_jax.models.hybrid import SlowKV, SlowQuery
 from slowfast_jax.models.slowfast import SlowFast
 
@@ -73,6 +73,33 @@ def encode_video(
 
 def embed_prompts(model: SlowFast, prompts: Prompts, visual: Visual) -> Float[Array, "B T D"]:
   return model.embed(prompts.tokens, prompts.kind, visual.fast[:, :, None])
+
+
+def uncached(prompts: Prompts) -> tuple[Int[Array, "B T"], Bool[Array, "B 1 T T"]]:
+  """Positions and mask of a pass over whole prompts, without a cache."""
+  order = jnp.arange(prompts.tokens.shape[1])
+  valid = order < prompts.lengths[:, None]
+  return jnp.broadcast_to(order, valid.shape), causal_mask(valid.astype(jnp.int32))
+
+
+def forward(model: SlowFast, prompts: Prompts, visual: Visual) -> Float[Array, "B T D"]:
+  """Last hidden states of whole prompts, as training sees them."""
+  positions, mask = uncached(prompts)
+  readers = model.readers(visual.kv, query_of(prompts.text_index, visual))
+  x = embed_prompts(model, prompts, visual)
+  return model.decoder(x, positions, mask, readers=readers)[0]
+
+
+def scores(
+  model: SlowFast,
+  hidden: Float[Array, "B T D"],
+  row: Int[Array, ""],
+  start: Int[Array, ""],
+  count: int,
+) -> Float[Array, "count V"]:
+  """Scores of the vocabulary at some positions of a row: those of all would fill the memory."""
+  part = jax.lax.dynamic_slice(hidden, (row, start, 0), (1, count, hidden.shape[2]))
+  return model.decoder.logits(part[0])
 
 
 def query_of(text_index: Int[Array, "B X"], visual: Visual) -> SlowQuery | None:

@@ -2,28 +2,22 @@
 """Cached decoding equals a full forward pass, and samples of a batch do not touch each other."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from slowfast_jax.data.chat import IMAGE_TOKEN
-from slowfast_jax.data.packing import Geometry, Sample, build_row
 from slowfast_jax.errors import UserError
 from slowfast_jax.generate import programs
 from slowfast_jax.generate.engine import Engine
 from slowfast_jax.generate.sampling import make_sampling
-from slowfast_jax.models.slowfast import graphdef_of
 from slowfast_jax.sharding import make_mesh
-from tests.generate.tiny import CONFIG, SIZE, TOKENIZER, frames, make_export
+from tests.generate.tiny import TOKENIZER, frames, full_logits, make_export
 
 QUESTION, LONGER = "What was it?", "What colour was the circle, and where was the other one?"
 NEW = 16
-
-
 NEVER = (-1, -1)
 
 
@@ -37,39 +31,6 @@ def make_engine(export, *arguments, **options):
 @pytest.fixture(scope="module")
 def engine():
   return make_engine(make_export())
-
-
-@functools.cache
-def forward(config):
-  graphdef = graphdef_of(config)
-
-  def run(params, batch):
-    model = nnx.merge(graphdef, params)
-    return model.decoder.logits(model(batch))
-
-  return jax.jit(run)
-
-
-def full_logits(export, ids, pixels, silent_from=None):
-  """The model as training sees it: float32 [positions, V], without any cache."""
-  image = pixels is not None and len(pixels) == 1
-  compressor = CONFIG.compressor
-  geometry = Geometry(
-    num_frames=1 if image else 8,
-    decoder_length=128,
-    text_bound=128,
-    image_size=(SIZE, SIZE),
-    tokens_per_frame=16 if image else 4,
-    sampling_stride=compressor.sampling_stride,
-    temporal_stride=compressor.temporal_stride,
-    min_fast_frames=compressor.min_fast_frames,
-    query_set=export.model.hybrid.queries,
-  )
-  batch = build_row([Sample(ids, None, () if pixels is None else (len(pixels),), pixels)], geometry)
-  count = int((batch.segments > 0).sum())
-  if silent_from is not None:
-    batch.text_index[batch.text_index >= count - (len(ids) - silent_from)] = -1
-  return np.asarray(forward(export.model)(export.params, batch))[0, :count]
 
 
 def cached_logits(engine, prompts, sessions, replies, cross=True):
@@ -230,13 +191,13 @@ def test_a_mesh_changes_nothing(engine):
 
 def test_what_does_not_fit_is_named(engine):
   session = engine.encode(frames(8, 1))
-  with pytest.raises(UserError, match="1 placeholder.* and no video"):
+  with pytest.raises(UserError, match=r"Sample 0 has 1 placeholder.* and 0 video"):
     engine.generate([[1, IMAGE_TOKEN]], [None])
-  with pytest.raises(UserError, match="0 placeholder.* and a video"):
+  with pytest.raises(UserError, match=r"Sample 0 has 0 placeholder.* and 1 video"):
     engine.generate([[1, 2]], [session])
   with pytest.raises(UserError, match="one session a prompt, got 2 and 1"):
     engine.generate([[1, 2]], [None, None])
-  with pytest.raises(UserError, match="Prompt 1 is empty"):
+  with pytest.raises(UserError, match="Sample 1 is empty"):
     engine.generate([[1], []], [None, None])
   with pytest.raises(UserError, match="max_new_tokens must be at least 1, got 0"):
     engine.generate([[1]], [None], 0)

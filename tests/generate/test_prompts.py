@@ -24,7 +24,12 @@ def test_buckets_waste_at_most_a_third():
 )
 def test_rows_are_padded_on_the_right(query_set, queries):
   built = build_prompts(
-    [[7, IMAGE_TOKEN, 8, 9], [5]], [3, 0], fast_bound=4, rows=3, query_set=query_set
+    [[7, IMAGE_TOKEN, 8, 9], [5]],
+    [[3], []],
+    fast_bound=4,
+    rows=3,
+    query_set=query_set,
+    vocab_size=10,
   )
   assert built.tokens.shape == (3, LEAST_TEXT + 4)
   assert built.tokens[0, :7].tolist() == [7, 0, 0, 0, 8, 9, 0]

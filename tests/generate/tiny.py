@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny random model that is sensitive to everything: what it sees, what it reads, who queries."""
+"""A tiny random model that is sensitive to everything: what it sees, what it reads, who queries.
+
+And its scores as training computes them, from a `Batch` and without any cache.
+"""
 
 import dataclasses
 import functools
@@ -11,10 +14,11 @@ from flax import nnx
 from jaxtyping import UInt8
 
 from slowfast_jax.checkpoints.store import Export, VideoConfig
+from slowfast_jax.data.packing import Geometry, Sample, build_row
 from slowfast_jax.data.tokenizer import train_tokenizer
 from slowfast_jax.models.decoder import DecoderConfig
 from slowfast_jax.models.hybrid import HybridConfig
-from slowfast_jax.models.slowfast import CompressorConfig, SlowFast, SlowFastConfig
+from slowfast_jax.models.slowfast import CompressorConfig, SlowFast, SlowFastConfig, graphdef_of
 from slowfast_jax.models.vit import ViTConfig
 
 SIZE = 16
@@ -62,3 +66,42 @@ def _params(hybrid: bool) -> nnx.State:
 
 def frames(count: int, seed: int) -> UInt8[np.ndarray, "F h w C"]:
   return np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3)).astype(np.uint8)
+
+
+def geometry(config: SlowFastConfig, still: bool = False) -> Geometry:
+  """Rows of up to 8 video frames, or of a still image."""
+  compressor = config.compressor
+  return Geometry(
+    num_frames=1 if still else 8,
+    decoder_length=128,
+    text_bound=128,
+    image_size=(SIZE, SIZE),
+    tokens_per_frame=16 if still else 4,
+    sampling_stride=compressor.sampling_stride,
+    temporal_stride=compressor.temporal_stride,
+    min_fast_frames=compressor.min_fast_frames,
+    query_set="text-only" if config.hybrid is None else config.hybrid.queries,
+  )
+
+
+@functools.cache
+def batch_logits(config: SlowFastConfig):
+  """A program (params, batch) -> float32 [B, T, V]."""
+  graphdef = graphdef_of(config)
+
+  def run(params, batch):
+    model = nnx.merge(graphdef, params)
+    return model.decoder.logits(model(batch))
+
+  return jax.jit(run)
+
+
+def full_logits(export: Export, ids, pixels, silent_from: int | None = None):
+  """Float32 [positions, V] of one sample; ids from `silent_from` on read no slow tokens."""
+  still = pixels is not None and len(pixels) == 1
+  sample = Sample(ids, None, () if pixels is None else (len(pixels),), pixels)
+  batch = build_row([sample], geometry(export.model, still))
+  count = int((batch.segments > 0).sum())
+  if silent_from is not None:
+    batch.text_index[batch.text_index >= count - (len(ids) - silent_from)] = -1
+  return np.asarray(batch_logits(export.model)(export.params, batch))[0, :count]

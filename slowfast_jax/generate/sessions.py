@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoded videos and images, and the arrays of batches whose rows have any number of them."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from slowfast_jax.generate.prompts import bucket
+from slowfast_jax.models.hybrid import SlowKV
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoSession:
+  """A video that was encoded and can be asked. Its arrays stay on the devices.
+
+  Attributes:
+    slow: slow tokens; frames past `num_frames` are padding.
+    fast: fast tokens, flat; those past `num_fast` are padding.
+    kv: slow keys and values of every hybrid layer; None where the model has none.
+    num_frames: frames of the video.
+    num_fast: decoder positions that it takes.
+  """
+
+  slow: Float[Array, "1 F P D"]
+  fast: Float[Array, "1 fast D"]
+  kv: SlowKV | None
+  num_frames: int
+  num_fast: int
+
+  @property
+  def num_slow(self) -> int:
+    return self.num_frames * self.slow.shape[2]
+
+
+# What a prompt is about: one video or image, several in the order of their placeholders, or none.
+Sessions = VideoSession | Sequence[VideoSession] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RowMedia:
+  """All that one row sees: its fast tokens in order, and the slow tokens that its text reads.
+
+  Attributes:
+    fast: fast tokens, then padding.
+    kv: slow keys and values of all its videos and images, then padding.
+    num_fast: decoder positions of each video or image.
+    num_slow: valid slow tokens.
+  """
+
+  fast: Float[Array, "1 fast D"]
+  kv: SlowKV | None
+  num_fast: tuple[int, ...]
+  num_slow: int
+
+
+def as_tuple(sessions: Sessions) -> tuple[VideoSession, ...]:
+  if sessions is None:
+    return ()
+  return (sessions,) if isinstance(sessions, VideoSession) else tuple(sessions)
+
+
+def join(sessions: Sequence[VideoSession]) -> RowMedia | None:
+  """One row's videos and images behind one another, padded to a bucket; None where there are none.
+
+  Slow tokens carry no position, so those of several videos together are one set.
+  """
+  if not sessions:
+    return None
+  num_fast, num_slow = tuple(s.num_fast for s in sessions), sum(s.num_slow for s in sessions)
+  if len(sessions) == 1:
+    return RowMedia(sessions[0].fast, sessions[0].kv, num_fast, num_slow)
+  # Padding between the parts goes: valid tokens are a prefix of their row.
+  fast = jnp.concatenate([s.fast[:, : s.num_fast] for s in sessions], axis=1)
+  pairs = [(s.kv, s.num_slow) for s in sessions if s.kv is not None]
+  kv = None
+  if pairs:
+    k = jnp.concatenate([pair.k[:, :, :n] for pair, n in pairs], axis=2)
+    v = jnp.concatenate([pair.v[:, :, :n] for pair, n in pairs], axis=2)
+    kv = SlowKV(*(_pad(x, 2, bucket(num_slow)) for x in (k, v)))
+  return RowMedia(_pad(fast, 1, bucket(sum(num_fast))), kv, num_fast, num_slow)
+
+
+def stack_rows(rows: Sequence[Array | None], axis: int) -> Array:
+  """Arrays of batch size 1 along `axis`, the next axis padded to the longest; None is zeros."""
+  some = [row for row in rows if row is not None]
+  length = max(row.shape[axis + 1] for row in some)
+  none = jnp.zeros((*some[0].shape[: axis + 1], length, *some[0].shape[axis + 2 :]), some[0].dtype)
+  padded = [none if row is None else _pad(row, axis + 1, length) for row in rows]
+  return jnp.concatenate(padded, axis=axis)
+
+
+def _pad(array: Array, axis: int, length: int) -> Array:
+  """Zeros behind the array, up to `length` along `axis`."""
+  missing = length - array.shape[axis]
+  widths = [(0, missing if i == axis else 0) for i in range(array.ndim)]
+  return jnp.pad(array, widths) if missing else array
