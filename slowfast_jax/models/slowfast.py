@@ -6,8 +6,12 @@ fast tokens and nothing else.
 """
 
 import dataclasses
+import functools
+import math
+from collections.abc import Callable
 
 import einops
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
@@ -69,6 +73,11 @@ class SlowFastConfig:
   def hybrid_layers(self) -> tuple[int, ...]:
     return () if self.hybrid is None else self.hybrid.layers(self.decoder.num_layers)
 
+  @property
+  def num_params(self) -> int:
+    """Parameters of the whole model."""
+    return sum(num_params_by_part(self).values())
+
 
 def make_adapters(hybrid: HybridConfig, decoder: DecoderConfig, *, rngs: nnx.Rngs) -> HybridAdapter:
   """The adapters of all hybrid layers, as one stack."""
@@ -90,19 +99,53 @@ class SlowFast(nnx.Module):
       else None
     )
 
-  def encode(self, frames: UInt8[Array, "B F h w C"], dtype: jnp.dtype) -> Float[Array, "B F P D"]:
-    """Slow tokens of uint8 frames: normalise, encode, project, and pool if it is a video."""
+  def encode(
+    self,
+    frames: UInt8[Array, "B F h w C"],
+    dtype: jnp.dtype,
+    frame_chunk: int | None = None,
+  ) -> Float[Array, "B F P D"]:
+    """Slow tokens of uint8 frames: normalise, encode, project, and pool if it is a video.
+
+    Args:
+      frames: pixels.
+      dtype: what is computed in.
+      frame_chunk: encode so many frames at a time, and again in the backward pass: the memory of
+        the encoder is that of a chunk. It should divide B x F, else the frames are copied once to
+        fill the last chunk. None: all at once.
+
+    Raises:
+      ValueError: `frame_chunk` is below 1.
+    """
     vision = self.cfg.vision
     mean, std = jnp.array(vision.pixel_mean), jnp.array(vision.pixel_std)
-    pixels = (frames.astype(jnp.float32) / 255.0 - mean) / std
-    return self.encode_pixels(pixels.astype(dtype))
 
-  def encode_pixels(self, pixels: Float[Array, "B F h w C"]) -> Float[Array, "B F P D"]:
-    """Slow tokens of normalised frames."""
-    B, F = pixels.shape[:2]
-    tokens = self.projector(self.vision(einops.rearrange(pixels, "B F h w C -> (B F) h w C")))
-    slow = einops.rearrange(tokens, "(B F) P D -> B F P D", B=B)
-    return spatial_pool(slow, self.cfg.compressor.video_pooling_stride) if F > 1 else slow
+    def normalise(frames: UInt8[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+      return ((frames.astype(jnp.float32) / 255.0 - mean) / std).astype(dtype)
+
+    return self._encode(frames, lambda frames: self.vision(normalise(frames)), frame_chunk)
+
+  def encode_pixels(
+    self, pixels: Float[Array, "B F h w C"], frame_chunk: int | None = None
+  ) -> Float[Array, "B F P D"]:
+    """Slow tokens of normalised frames; `frame_chunk` as in `encode`."""
+    return self._encode(pixels, self.vision, frame_chunk)
+
+  def _encode(
+    self,
+    frames: Array,
+    vision: Callable[[Array], Float[Array, "B P E"]],
+    frame_chunk: int | None,
+  ) -> Float[Array, "B F P D"]:
+    B, F = frames.shape[:2]
+    stride = self.cfg.compressor.video_pooling_stride if F > 1 else 1
+
+    def slow_tokens(frames: Array) -> Float[Array, "B P D"]:
+      return spatial_pool(self.projector(vision(frames)), stride)
+
+    flat = einops.rearrange(frames, "B F h w C -> (B F) h w C")
+    slow = map_in_chunks(slow_tokens, flat, frame_chunk)
+    return einops.rearrange(slow, "(B F) P D -> B F P D", B=B)
 
   def embed(
     self,
@@ -181,6 +224,48 @@ class SlowFast(nnx.Module):
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
+def map_in_chunks(
+  function: Callable[[Array], Array], xs: Array, chunk: int | None
+) -> Float[Array, "F P D"]:
+  """`function(xs)`, of `chunk` rows at a time, with no memory but that of one chunk.
+
+  Chunk i has every n-th row from row i on. So if the rows are sharded, each device has its part of
+  every chunk.
+  """
+  if chunk is not None and chunk < 1:
+    raise ValueError(f"frame_chunk must be at least 1, got {chunk}.")
+  if chunk is None or chunk >= len(xs):
+    return function(xs)
+  num_chunks = -(-len(xs) // chunk)
+  size = -(-len(xs) // num_chunks)
+  padding = size * num_chunks - len(xs)
+  padded = jnp.pad(xs, [(0, padding), *[(0, 0)] * (xs.ndim - 1)]) if padding else xs
+  columns = einops.rearrange(padded, "(size n) ... -> size n ...", size=size)
+
+  @jax.checkpoint
+  def one(columns: Array, i: Array) -> Array:
+    return function(jax.lax.dynamic_index_in_dim(columns, i, axis=1, keepdims=False))
+
+  def body(done: Array, i: Array) -> tuple[Array, None]:
+    return jax.lax.dynamic_update_index_in_dim(done, one(columns, i), i, axis=1), None
+
+  out = jax.eval_shape(one, columns, 0)
+  # Written in place: stacked results would have to be copied into the order of the rows.
+  done = jnp.zeros((size, num_chunks, *out.shape[1:]), out.dtype)
+  done, _ = jax.lax.scan(body, done, jnp.arange(num_chunks))
+  return einops.rearrange(done, "size n ... -> (size n) ...")[: len(xs)]
+
+
 def graphdef_of(cfg: SlowFastConfig) -> nnx.GraphDef:
   """The structure of `SlowFast(cfg)` without its arrays, for `nnx.merge`."""
   return nnx.graphdef(nnx.eval_shape(lambda: SlowFast(cfg, rngs=nnx.Rngs(0))))
+
+
+@functools.cache
+def num_params_by_part(cfg: SlowFastConfig) -> dict[str, int]:
+  """Parameters of "vision", "projector", "decoder" and "adapters"; nothing is computed."""
+  state = jax.eval_shape(lambda: nnx.state(SlowFast(cfg, rngs=nnx.Rngs(0))))
+  parts = dict.fromkeys(("vision", "projector", "decoder", "adapters"), 0)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    parts[path[0].key] += math.prod(leaf.shape)
+  return parts

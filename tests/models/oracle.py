@@ -212,15 +212,18 @@ def silu(x):
 def slow_tokens(w, cfg, frames):
   """Slow tokens [F, P, D] of uint8 frames [F, h, w, 3] of one video or image."""
   clip = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
-  mean, std = clip if cfg.vision.family == "clip" else ([0.5] * 3, [0.5] * 3)
+  mean, std = ([0.5] * 3, [0.5] * 3) if cfg.vision.family == "siglip" else clip
   pixels = (frames / 255 - np.array(mean)) / np.array(std)
-  select = cfg.vision.select_layer
-  slow = [
-    projector(w, cfg.projector, drop_class(cfg.vision, hidden_states(w, cfg.vision, x)[select]))
-    for x in pixels
-  ]
+  slow = [projector(w, cfg.projector, encoded(w, cfg.vision, x)) for x in pixels]
   p = cfg.compressor.video_pooling_stride
   return np.array([pool(tokens, p) for tokens in slow] if len(frames) > 1 else slow)
+
+
+def encoded(w, cfg, pixels):
+  """The encoder's tokens [P, E] of one frame."""
+  if cfg.family == "convnext":
+    return convnext(w, cfg, pixels)
+  return drop_class(cfg, hidden_states(w, cfg, pixels)[cfg.select_layer])
 
 
 def drop_class(cfg, tokens):
@@ -269,6 +272,58 @@ def vit_block(part, cfg, x):
   y = y @ part("fc1.kernel") + part("fc1.bias")
   y = gelu_tanh(y) if cfg.family == "siglip" else y / (1 + np.exp(-1.702 * y))
   return x + y @ part("fc2.kernel") + part("fc2.bias")
+
+
+def convnext(w, cfg, pixels, prefix="vision."):
+  """Tokens [P, E] of one normalised frame [h, w, 3]: the last stage's grid, row by row."""
+
+  def part(name, index=...):
+    return w[prefix + name][index]
+
+  def norm(name, x):
+    return layer_norm(x, part(f"{name}.scale"), part(f"{name}.bias"), cfg.norm_eps)
+
+  x = strided(pixels, part("stem.conv.kernel"), part("stem.conv.bias"))
+  x = norm("stem.norm", x)
+  for s, depth in enumerate(cfg.depths):
+    stage = f"stages.{s}"
+    if s > 0:
+      x = norm(f"{stage}.downsample_norm", x)
+      x = strided(x, part(f"{stage}.downsample.kernel"), part(f"{stage}.downsample.bias"))
+    for b in range(depth):
+      x = convnext_block(lambda name, s=stage, b=b: part(f"{s}.blocks.{name}", b), cfg, x)
+  return x.reshape(-1, cfg.widths[-1])
+
+
+def convnext_block(part, cfg, x):
+  y = depthwise(x, part("depthwise.kernel")) + part("depthwise.bias")
+  y = layer_norm(y, part("norm.scale"), part("norm.bias"), cfg.norm_eps)
+  y = gelu(y @ part("fc1.kernel") + part("fc1.bias")) @ part("fc2.kernel") + part("fc2.bias")
+  return x + part("layer_scale") * y
+
+
+def strided(x, kernel, bias):
+  """A convolution whose stride is its kernel's size; what fills no kernel is left out."""
+  p = len(kernel)
+  return np.array(
+    [
+      [
+        np.einsum("hwc,hwce->e", x[i : i + p, j : j + p], kernel) + bias
+        for j in range(0, x.shape[1] - p + 1, p)
+      ]
+      for i in range(0, x.shape[0] - p + 1, p)
+    ]
+  )
+
+
+def depthwise(x, kernel):
+  """out[i, j] = sum of kernel[a, b] * x[i + a - 3, j + b - 3], for each channel; outside is 0."""
+  out = np.zeros_like(x)
+  for i, j, a, b in np.ndindex(*x.shape[:2], *kernel.shape[:2]):
+    y, z = i + a - len(kernel) // 2, j + b - len(kernel) // 2
+    if 0 <= y < x.shape[0] and 0 <= z < x.shape[1]:
+      out[i, j] += kernel[a, b] * x[y, z]
+  return out
 
 
 def projector(w, kind, x, prefix="projector."):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from slowfast_jax.models.convnext import ConvNeXtConfig
 from slowfast_jax.models.decoder import DecoderConfig
 from slowfast_jax.models.hybrid import GATES, QUERY_SETS, HybridConfig
 from slowfast_jax.models.rope import LlamaRopeScaling
@@ -19,6 +20,10 @@ from tests.models.tiny import LENGTH, ROWS, batch_of, config, random_model, rand
 
 SCALING = LlamaRopeScaling(4.0, 1.0, 3.0, 100)
 BASE = config(decoder={"rope_scaling": SCALING})
+CONVNEXT = config(
+  vision=ConvNeXtConfig(image_size=16, depths=(1, 1), widths=(4, 8)),
+  compressor={"spatial_stride": 2},
+)
 
 # Another value of every field.
 CHANGES = {
@@ -31,6 +36,13 @@ CHANGES = {
     "num_heads": [4],
     "mlp_width": [12],
     "select_layer": [-1, 0],
+    "norm_eps": [0.1],
+  },
+  ConvNeXtConfig: {
+    "family": [],  # Has one value; another raises.
+    "image_size": [32],
+    "depths": [(2, 1), (1, 2)],
+    "widths": [(4, 6)],
     "norm_eps": [0.1],
   },
   DecoderConfig: {
@@ -83,8 +95,13 @@ def test_all_fields_are_listed():
     assert list(fields) == [field.name for field in dataclasses.fields(kind)]
 
 
+def base_of(part):
+  """A model that has such a part."""
+  return CONVNEXT if part is ConvNeXtConfig else BASE
+
+
 def changed(part, **fields):
-  """BASE with fields of one of its dataclasses replaced, wherever that is."""
+  """The base with fields of one of its dataclasses replaced, wherever that is."""
 
   def walk(node):
     if type(node) is part:
@@ -94,7 +111,7 @@ def changed(part, **fields):
       node, **{name: walk(x) for name, x in parts.items() if dataclasses.is_dataclass(x)}
     )
 
-  return walk(BASE)
+  return walk(base_of(part))
 
 
 @functools.cache
@@ -108,7 +125,8 @@ def output(cfg):
   geometry = geometry_of(cfg, {"num_frames": 10, "decoder_length": LENGTH, "text_bound": LENGTH})
   batch, _ = batch_of(ROWS, dataclasses.replace(geometry, max_fast_frames=10))
   pixels = np.random.default_rng(0).integers(0, 256, batch.frames.shape).astype(np.uint8)
-  with jax.disable_jit(cfg.vision.num_blocks > 0):  # Eager: most programs are shared.
+  blocks = getattr(cfg.vision, "num_blocks", 1)
+  with jax.disable_jit(blocks > 0):  # Eager: most programs are shared.
     return np.asarray(random_model(cfg)(dataclasses.replace(batch, frames=jnp.asarray(pixels))))
 
 
@@ -122,10 +140,10 @@ def output(cfg):
   ],
 )
 def test_every_field_has_an_effect(part, field, value):
-  cfg = changed(part, **{field: value})
-  assert cfg != BASE
-  if shapes(cfg) == shapes(BASE):
-    assert np.abs(output(cfg) - output(BASE)).max() > 1e-4
+  cfg, base = changed(part, **{field: value}), base_of(part)
+  assert cfg != base
+  if shapes(cfg) == shapes(base):
+    assert np.abs(output(cfg) - output(base)).max() > 1e-4
 
 
 def test_gates_and_query_sets_are_all_different():

@@ -2,6 +2,8 @@
 """The whole model against the equations in NumPy, for every gate, query set and kind of row."""
 
 import dataclasses
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from slowfast_jax.models.convnext import ConvNeXtConfig
 from slowfast_jax.models.hybrid import GATES, QUERY_SETS
 from slowfast_jax.models.rope import LlamaRopeScaling
 from slowfast_jax.models.slowfast import graphdef_of
+from slowfast_jax.sharding import make_mesh, sharding_of
 from tests.models import oracle
 from tests.models.tiny import (
   CONFIG,
@@ -90,22 +94,107 @@ def test_a_compiled_program_is_the_same():
   np.testing.assert_allclose(jitted, eager, rtol=1e-5, atol=1e-5)
 
 
+CONVNEXT = ConvNeXtConfig(image_size=16, depths=(1, 2), widths=(4, 6))
+
+
 @pytest.mark.parametrize(
-  ("family", "changes", "projector"),
-  [("siglip", {}, "mlp2x_gelu"), ("clip", {"select_layer": -1, "norm_eps": 0.01}, "linear")],
+  ("vision", "projector"),
+  [
+    ({"family": "siglip"}, "mlp2x_gelu"),
+    ({"family": "clip", "select_layer": -1, "norm_eps": 0.01}, "linear"),
+    (CONVNEXT, "mlp2x_gelu"),
+  ],
+  ids=["siglip", "clip", "convnext"],
 )
-def test_pixels_become_slow_tokens(family, changes, projector):
+def test_pixels_become_slow_tokens(vision, projector):
   """Videos are pooled before the compressor, a still image is not."""
-  vision = {"family": family, **changes}
   cfg = config(vision=vision, compressor={"video_pooling_stride": 2}, projector=projector)
   model, rng = random_model(cfg), np.random.default_rng(0)
   encode = jax.jit(lambda frames: model.encode(frames, jnp.float32))
   for count, tokens_per_frame in ((3, 1), (1, 4)):
-    frames = rng.integers(0, 256, (count, 4, 4, 3)).astype(np.uint8)
+    size = cfg.vision.image_size
+    frames = rng.integers(0, 256, (count, size, size, 3)).astype(np.uint8)
     slow = encode(frames[None])
     assert slow.shape == (1, count, tokens_per_frame, 8)
     expected = oracle.slow_tokens(weights_of(model), cfg, frames)
     np.testing.assert_allclose(slow[0], expected, rtol=1e-5, atol=1e-5)
+
+
+# --- Frames in chunks ---
+
+
+@functools.cache
+def encoder(vision=CONFIG.vision):
+  """(structure, weights) of a model, of which only the encoder and projector run."""
+  cfg = config(vision=vision, compressor={"video_pooling_stride": 2})
+  return graphdef_of(cfg), random_params(cfg, 0)
+
+
+def loss(params, graphdef, frames, weights, chunk):
+  """Whatever depends on every slow token, and the slow tokens."""
+  slow = nnx.merge(graphdef, params).encode(frames, jnp.float32, chunk)
+  return jnp.sum(jnp.sin(slow) * weights), slow
+
+
+@pytest.mark.parametrize("vision", [CONFIG.vision, CONVNEXT], ids=["vit", "convnext"])
+def test_frames_in_chunks_give_the_same_slow_tokens_and_gradients(vision):
+  graphdef, params = encoder(vision)
+  rng = np.random.default_rng(0)
+  size = vision.image_size
+  frames = jnp.asarray(rng.integers(0, 256, (2, 5, size, size, 3)), jnp.uint8)
+  weights = jnp.asarray(rng.normal(0, 1, (2, 5, 1, 8)), jnp.float32)
+  run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(1, 4))
+  (_, expected), gradient = run(params, graphdef, frames, weights, None)
+  for chunk in (1, 4, 5, 10):  # 4: the last of 3 chunks has 2 frames and padding.
+    (_, slow), got = run(params, graphdef, frames, weights, chunk)
+    np.testing.assert_allclose(slow, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(gradient), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_normalised_frames_in_chunks():
+  model = random_model()
+  pixels = jax.random.normal(jax.random.key(0), (1, 5, 4, 4, 3))
+  expected = model.encode_pixels(pixels)
+  np.testing.assert_allclose(model.encode_pixels(pixels, 2), expected, rtol=1e-5, atol=1e-5)
+  with pytest.raises(ValueError, match="frame_chunk must be at least 1, got 0"):
+    model.encode_pixels(pixels, 0)
+
+
+def temporary_bytes(program, frames, chunk):
+  graphdef, params = encoder(dataclasses.replace(CONVNEXT, image_size=32))
+  weights = jax.ShapeDtypeStruct((1, frames, 4, 8), jnp.float32)
+  frames = jax.ShapeDtypeStruct((1, frames, 32, 32, 3), jnp.uint8)
+  lowered = jax.jit(program, static_argnums=(1, 4)).lower(params, graphdef, frames, weights, chunk)
+  return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def test_the_encoder_needs_memory_for_one_chunk_alone():
+  """Measured by the compiler; in the backward pass the slow tokens themselves are kept."""
+
+  def slow(params, graphdef, frames, weights, chunk):
+    return nnx.merge(graphdef, params).encode(frames, jnp.float32, chunk)
+
+  gradient = jax.grad(lambda *args: loss(*args)[0])
+  for program, kept in ((slow, 0), (gradient, 4 * 8 * 4)):
+    few, many = (temporary_bytes(program, frames, 8) for frames in (64, 1000))
+    assert many <= few + 936 * kept + 4096  # A frame has 3072 bytes.
+    assert temporary_bytes(program, 64, None) > 4 * few
+
+
+def test_devices_encode_their_own_frames_of_every_chunk():
+  graphdef, params = encoder()
+  mesh = make_mesh({"data": 8})
+  frames = jax.ShapeDtypeStruct(
+    (1, 32, 4, 4, 3), jnp.uint8, sharding=sharding_of((None, "frames"), (1, 32), mesh)
+  )
+
+  def slow(params, frames):
+    return nnx.merge(graphdef, params).encode(frames, jnp.float32, 16)
+
+  text = jax.jit(slow).lower(params, frames).compile().as_text()
+  assert "while" in text
+  assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", text)
 
 
 def test_a_model_encodes_its_frames():
