@@ -27,6 +27,7 @@ def get_config(stage: str = "slow_fast") -> ml_collections.ConfigDict:
   c.model = ml_collections.ConfigDict()
   c.model.preset = "demo"
   c.model.slow = model == "slow_fast"  # False: no hybrid layers, the fast tokens alone.
+  c.model.hybrid_init = "decoder"  # How a slow path that is added starts; or "reference".
   c.model.vision = ml_collections.ConfigDict()  # Fields of the preset that differ, as in the rest.
   c.model.decoder = ml_collections.ConfigDict()
   c.model.compressor = ml_collections.ConfigDict()

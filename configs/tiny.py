@@ -17,6 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.model = ml_collections.ConfigDict()
   c.model.preset = "demo"
   c.model.slow = True
+  c.model.hybrid_init = "decoder"
   c.model.vision = create(
     image_size=16, patch_size=8, width=16, num_layers=1, num_heads=2, mlp_width=16
   )

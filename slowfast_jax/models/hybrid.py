@@ -20,6 +20,7 @@ from slowfast_jax.models.layers import Projection, RMSNorm, make_param
 
 GATES = ("dynamic", "dynamic-tanh", "dynamic-tanh-warmup")
 QUERY_SETS = ("text-only", "text-only-masksystem", "all")
+INITS = ("decoder", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,9 @@ class HybridAdapter(nnx.Module):
       bias_start=1.0,
       rngs=rngs,
     )
-    self.warm_up = make_param(nnx.initializers.zeros, rngs, (1,), (None,))
+    self.warm_up = (
+      make_param(nnx.initializers.zeros, rngs, (1,), (None,)) if "warmup" in cfg.gate else None
+    )
 
   def keys_values(self, slow: Float[Array, "B S D"], norm: RMSNorm):
     """Keys and values [B, S, K, H] of the slow tokens, through the layer's own input norm."""
@@ -124,7 +127,7 @@ class HybridAdapter(nnx.Module):
     g = self.gate(o)
     if "tanh" in self.cfg.gate:
       g = jnp.tanh(g)
-    if "warmup" in self.cfg.gate:
+    if self.warm_up is not None:
       alpha = self.warm_up[...].astype(o.dtype)
       # The "all" variant was trained with the bare scalar (semantics section 4).
       g = g * (alpha if self.cfg.queries == "all" else jnp.tanh(alpha))
@@ -166,12 +169,19 @@ def slow_query(
 
 
 def adapters_from_decoder(
-  adapters: HybridAdapter, decoder: Decoder, depths: tuple[int, ...]
+  adapters: HybridAdapter, decoder: Decoder, depths: tuple[int, ...], *, reference: bool = False
 ) -> None:
   """Starts slow keys and values as the language model's own (semantics section 4).
 
   Head j of the slow keys takes head j of the layer's Wk, head j of the slow values its Wv, so a
   language model that already understands visual tokens can read slow tokens at once.
+
+  Args:
+    adapters: the stack that is filled.
+    decoder: the language model.
+    depths: its hybrid layers.
+    reference: as the released code does, which lays all heads of Wk before all of Wv and then reads
+      them as key, value, key, value: slow keys and values start scrambled.
   """
   index = jnp.array(depths)
   own = decoder.layers.attention
@@ -179,4 +189,8 @@ def adapters_from_decoder(
   if own.k.bias is not None and own.v.bias is not None and adapters.kv.bias is not None:
     pairs.append((own.k.bias[...], own.v.bias[...], adapters.kv.bias))
   for k, v, target in pairs:
-    target[...] = jnp.stack([k[index], v[index]], axis=-2)
+    if reference:
+      joined = jnp.concatenate([k[index], v[index]], axis=-2)
+      target[...] = einops.rearrange(joined, "... (K c) H -> ... K c H", c=2)
+    else:
+      target[...] = jnp.stack([k[index], v[index]], axis=-2)

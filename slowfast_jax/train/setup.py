@@ -31,7 +31,7 @@ from slowfast_jax.data.pipeline import TrainPipeline
 from slowfast_jax.data.records import RecordSource
 from slowfast_jax.data.tokenizer import Tokenizer
 from slowfast_jax.errors import UserError
-from slowfast_jax.models.hybrid import adapters_from_decoder
+from slowfast_jax.models.hybrid import INITS, adapters_from_decoder
 from slowfast_jax.models.presets import build_config
 from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig, graphdef_of
 from slowfast_jax.shapes import Batch
@@ -87,6 +87,8 @@ def open_setup(config: ml_collections.ConfigDict) -> Setup:
   c = config
   if c.train.dtype not in DTYPES:
     raise UserError(f"train.dtype must be one of {DTYPES}, got {c.train.dtype!r}.")
+  if c.model.hybrid_init not in INITS:
+    raise UserError(f"model.hybrid_init must be one of {INITS}, got {c.model.hybrid_init!r}.")
   for field in ("steps", "log_every", "checkpoint_every"):
     if c.train[field] < 1:
       raise UserError(f"train.{field} must be at least 1, got {c.train[field]}.")
@@ -243,7 +245,8 @@ def initial_state(setup: Setup) -> TrainState:
     fresh = flatten(state.params)
     params = unflatten(state.params, {name: given.get(name, fresh[name]) for name in fresh})
     if export.model.hybrid is None and setup.model.hybrid_layers:
-      params = _start_adapters(setup.model, params)
+      reference = setup.config.model.hybrid_init == "reference"
+      params = _start_adapters(setup.model, params, reference=reference)
     return dataclasses.replace(state, params=params)
 
   # Donated: the parameters are never there twice.
@@ -256,10 +259,10 @@ def _quickly() -> dict[str, Any]:
   return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
 
 
-def _start_adapters(model: SlowFastConfig, params: nnx.State) -> nnx.State:
+def _start_adapters(model: SlowFastConfig, params: nnx.State, *, reference: bool) -> nnx.State:
   merged: SlowFast = nnx.merge(graphdef_of(model), params)
   assert merged.adapters is not None
-  adapters_from_decoder(merged.adapters, merged.decoder, model.hybrid_layers)
+  adapters_from_decoder(merged.adapters, merged.decoder, model.hybrid_layers, reference=reference)
   return nnx.state(merged)
 
 

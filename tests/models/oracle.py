@@ -134,16 +134,16 @@ def read_slow(w, cfg, number, part, q, o, visual, slow):
     packed = packed + w["adapters.kv.bias"][number].reshape(K * 2 * H)
   ks = [packed[:, (2 * j) * H : (2 * j + 1) * H] for j in range(K)]
   vs = [packed[:, (2 * j + 1) * H : (2 * j + 2) * H] for j in range(K)]
-  alpha = w["adapters.warm_up"][number][0]
+  alpha = w["adapters.warm_up"][number][0] if "warmup" in cfg.hybrid.gate else None
+  if alpha is not None and cfg.hybrid.queries != "all":
+    alpha = np.tanh(alpha)
   for t in querying(cfg.hybrid.queries, visual):
     g = o[t].reshape(N * H) @ w["adapters.gate.kernel"][number].reshape(N * H, 1)
     g = g[0] + w["adapters.gate.bias"][number][0]
-    g = {
-      "dynamic": g,
-      "dynamic-tanh": np.tanh(g),
-      "dynamic-tanh-warmup": np.tanh(g)
-      * (alpha if cfg.hybrid.queries == "all" else np.tanh(alpha)),
-    }[cfg.hybrid.gate]
+    if "tanh" in cfg.hybrid.gate:
+      g = np.tanh(g)
+    if alpha is not None:
+      g = g * alpha
     for n in range(N):
       j = n // (N // K)
       result[t, n] = o[t, n] + g * softmax(ks[j] @ q[t, n] / math.sqrt(H)) @ vs[j]

@@ -13,6 +13,7 @@ from flax import nnx
 from slowfast_jax.models.compressor import compress
 from slowfast_jax.models.decoder import causal_mask
 from slowfast_jax.models.hybrid import (
+  GATES,
   QUERY_SETS,
   HybridConfig,
   SlowQuery,
@@ -100,6 +101,17 @@ def test_a_fresh_gate_is_open_and_its_factor_shut():
   np.testing.assert_allclose(adapter.gate_values(o).mean(), 0.5 * np.tanh(1), atol=0.03)
 
 
+@pytest.mark.parametrize("gate", GATES)
+def test_only_a_gate_that_warms_up_has_a_factor(gate):
+  adapters = random_model(config(hybrid={"gate": gate})).adapters
+  assert (adapters.warm_up is not None) == (gate == "dynamic-tanh-warmup")
+  # A fresh gate of another kind is open at once.
+  fresh = make_adapters(HybridConfig(3, gate=gate), CONFIG.decoder, rngs=nnx.Rngs(0))
+  o = jnp.zeros((1, 1, 4, 4))
+  expected = {"dynamic": 1.0, "dynamic-tanh": np.tanh(1), "dynamic-tanh-warmup": 0.0}[gate]
+  np.testing.assert_allclose(layer_of(fresh, 0).gate_values(o), [[[expected]]], rtol=1e-6)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_slow_path_starts_as_the_self_attention_of_its_layer(bias):
   """Head j of the slow keys is head j of the layer's keys, at [j, 0]; of its values at [j, 1]."""
@@ -121,6 +133,23 @@ def test_a_slow_path_starts_as_the_self_attention_of_its_layer(bias):
   y = layer.input_norm(slow)
   np.testing.assert_allclose(kv.k[1], layer.attention.k(y), rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(kv.v[1], layer.attention.v(y), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_start_of_the_released_code_by_hand(bias):
+  """With 2 heads: head 0 gets both heads of Wk as key and value, head 1 both heads of Wv."""
+  model = random_model(config(decoder={"qkv_bias": bias}))
+  adapters_from_decoder(model.adapters, model.decoder, (0, 3), reference=True)
+  attention = model.decoder.layers.attention
+  for part in ("kernel", "bias") if bias else ("kernel",):
+    got = getattr(model.adapters.kv, part)[...]
+    k, v = (getattr(own, part)[...] for own in (attention.k, attention.v))
+    for number, depth in enumerate((0, 3)):
+      heads = (k[depth, ..., 0, :], k[depth, ..., 1, :], v[depth, ..., 0, :], v[depth, ..., 1, :])
+      np.testing.assert_array_equal(got[number, ..., 0, 0, :], heads[0])
+      np.testing.assert_array_equal(got[number, ..., 0, 1, :], heads[1])
+      np.testing.assert_array_equal(got[number, ..., 1, 0, :], heads[2])
+      np.testing.assert_array_equal(got[number, ..., 1, 1, :], heads[3])
 
 
 # --- What is read ---

@@ -97,7 +97,7 @@ def test_optimizer_config_takes_its_length_from_the_steps(data):
     ("model.preset=dmeo", "unknown preset 'dmeo'"),
     ("model.decoder.head_dim=7", "model.decoder: head_dim must be even"),
     ("model.decoder.vocab_size=200", "model.decoder.vocab_size is 200.*has 30. ids"),
-    ("data.decoder_length=8", "data.decoder_length is 8, and the 8 fast tokens of 4 frames"),
+    ("data.decoder_length=2", "data.decoder_length is 2, and the 2 fast tokens of 4 frames"),
     ("data.batch_size=6", "data.batch_size must be a multiple of mesh.data x mesh.fsdp = 8, got 6"),
     ("data.records=", "data.records is empty; .*--config.data.records=DIR"),
     ("data.records=/nowhere", "/nowhere: there is no such folder"),
@@ -105,6 +105,7 @@ def test_optimizer_config_takes_its_length_from_the_steps(data):
     ("data.tokenizer=/nowhere", "/nowhere"),
     ("mesh.tensor=3", "mesh"),
     ("seed=-1", "seed must not be negative"),
+    ("model.hybrid_init=random", "model.hybrid_init must be one of .*, got 'random'"),
     ("model.compressor.min_fast_frames=0", "model.compressor: min_fast_frames must be at least 1"),
   ],
 )
@@ -205,6 +206,18 @@ def test_a_slow_path_is_added_to_an_export_that_has_none(hybrid, plain_export):
   assert all(not np.any(value) for value in numbers(state.opt_state).values())
   leaf = state.params["decoder"]["layers"]["mlp"]["up"]["kernel"][...]
   assert len(leaf.sharding.device_set) == jax.device_count()
+
+
+def test_a_slow_path_may_start_as_the_released_one(data, tmp_path):
+  """Which needs two heads to be another start."""
+  two, folder = "model.decoder.num_kv_heads=2", tmp_path / "export"
+  plain = open_setup(tiny_config(data, two, FAST_ONLY))
+  save_export(folder, plain.export(initial_state(plain).params))
+  changes = (two, f"train.init_from={folder}", "model.hybrid_init=reference")
+  got = numbers(initial_state(open_setup(tiny_config(data, *changes))).params)
+  for i, part in enumerate("kv"):
+    own = got[f"decoder.layers.attention.{part}.kernel"][[0, 2]]
+    np.testing.assert_array_equal(got["adapters.kv.kernel"][:, :, i], own)
 
 
 @pytest.mark.parametrize("overrides", [[], [FAST_ONLY]])
