@@ -24,7 +24,7 @@ from slowfast_jax.data.video import VideoPath
 from slowfast_jax.errors import UserError
 from slowfast_jax.generate.engine import Engine
 from slowfast_jax.generate.sessions import VideoSession
-from slowfast_jax.generate.video import read_video
+from slowfast_jax.generate.video import read_media
 from slowfast_jax.models.slowfast import SlowFastConfig
 
 FORMATS = ("orbax", "huggingface")
@@ -117,7 +117,7 @@ class VLM:
     """The answer to a question, or to the last one of a conversation.
 
     Args:
-      video: a file, or several; None asks without any.
+      video: a video or picture file, or several; None asks without any.
       question: text, or the turns of a conversation; `<video>` in it marks a video's place.
       max_new_tokens: at most so many.
       **options: temperature, top_p, seed and decode_cross_attention, as in `generate_ids`.
@@ -136,7 +136,7 @@ class VLM:
     **options: Any,
   ) -> Iterator[str]:
     """Pieces of what `chat` returns, as they come."""
-    sessions = [self.engine.encode(read_video(p, self.export).images) for p in _listed(video)]
+    sessions = [self.engine.encode(read_media(p, self.export).images) for p in _listed(video)]
     return self.engine.stream(question, sessions, max_new_tokens, **options)
 
   def _sessions(

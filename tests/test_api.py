@@ -13,6 +13,7 @@ import slowfast_jax as sf
 from slowfast_jax.checkpoints.store import flatten
 from slowfast_jax.data.packing import Sample, build_row
 from slowfast_jax.errors import UserError
+from slowfast_jax.generate.video import read_video
 from slowfast_jax.sharding import make_mesh
 from tests.data.video_files import VideoSpec, write_video
 from tests.generate.tiny import (
@@ -382,7 +383,7 @@ def test_chat_about_files(folder):
   assert len(pieces) > 1
   reply = vlm.chat(videos[0], question, 12)
   assert reply == "".join(pieces)
-  session = vlm.engine.encode(sf.api.read_video(videos[0], vlm.export).images)
+  session = vlm.engine.encode(read_video(videos[0], vlm.export).images)
   assert reply == vlm.engine.answer([question], [session], 12)[0]
   about_both = vlm.chat(videos, "First <video> and then <video>?", 12)
   assert about_both not in (reply, vlm.chat(None, "First and then?", 12))

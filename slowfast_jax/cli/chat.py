@@ -11,7 +11,7 @@ from slowfast_jax.data.chat import Turn
 from slowfast_jax.errors import UsageError
 from slowfast_jax.generate.engine import Engine, VideoSession
 from slowfast_jax.generate.timeline import Timeline, draw_timeline
-from slowfast_jax.generate.video import ModelFrames, read_video
+from slowfast_jax.generate.video import ModelFrames, read_media
 from slowfast_jax.sharding import make_mesh
 
 HELP = "ask a checkpoint about a video"
@@ -28,7 +28,7 @@ Without a question it is a conversation: one question a line, an empty line or C
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
-  add("video", metavar="VIDEO", help="a video file")
+  add("video", metavar="VIDEO", help="a video or picture file")
   add("question", metavar="QUESTION", nargs="?", help="without it: a conversation")
   add("--checkpoint", required=True, metavar="DIR", help="the export of a training run")
   add("--attention", metavar="FILE.png", help="plot which moments the last question read")
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     raise UsageError(f"--attention {args.attention}: there is no such folder.")
   mesh = make_mesh({"tensor": -1})  # All devices: a large model fits on none alone.
   engine = Engine(load_export(args.checkpoint, mesh), mesh)
-  frames = read_video(args.video, engine.export)
+  frames = read_media(args.video, engine.export)
   if frames.lost:
     print(f"{args.video}: {frames.lost} frames are damaged and left out", file=sys.stderr)
   session = engine.encode(frames.images)

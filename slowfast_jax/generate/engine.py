@@ -43,6 +43,8 @@ from slowfast_jax.sharding import sharding_of, state_shardings
 STREAM_STEPS = 4
 # Positions whose scores are computed at once; a large vocabulary takes 600 kB for each.
 SCORED_POSITIONS = 512
+# Frames that each device encodes at once: enough to fill it, and a large ConvNeXt needs 4 GB.
+ENCODED_FRAMES = 16
 
 
 @dataclasses.dataclass
@@ -83,7 +85,7 @@ class Engine:
     params = export.params
     self.params = params if mesh is None else jax.device_put(params, state_shardings(params, mesh))
     self._graphdef = graphdef_of(export.model)
-    self._encode = self._compile(programs.encode_video, static=("dtype",))
+    self._encode = self._compile(programs.encode_video, static=("dtype", "frame_chunk"))
     self._forward = self._compile(programs.forward)
     self._scores = self._compile(programs.scores, static=("count",))
     self._prefill = self._compile(programs.prefill, static=("max_new_tokens",))
@@ -150,6 +152,7 @@ class Engine:
       pooling=pooling,
       zero_slow=np.bool_(zero_slow),
       dtype=self._dtype,
+      frame_chunk=ENCODED_FRAMES * (1 if self._mesh is None else self._mesh.size),
     )
     slow, fast = self._place(slow), self._place(fast)
     kv = jax.tree.map(lambda x: self._place(x, None, None, None, "heads"), kv)

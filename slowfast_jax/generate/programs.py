@@ -57,15 +57,16 @@ def encode_video(
   pooling: Float[Array, "Q F"],
   zero_slow: Bool[Array, ""],
   dtype: jnp.dtype,
+  frame_chunk: int,
 ) -> tuple[Float[Array, "1 F P D"], Float[Array, "1 fast D"], SlowKV | None]:
   """Slow tokens, flat fast tokens, and the slow keys and values of one video.
 
   With `zero_slow` the decoder gets the same fast tokens, but slow tokens of zeros.
   """
   if frames.dtype == jnp.uint8:
-    slow = model.encode(frames[None], dtype)
+    slow = model.encode(frames[None], dtype, frame_chunk)
   else:
-    slow = model.encode_pixels(frames[None].astype(dtype))
+    slow = model.encode_pixels(frames[None].astype(dtype), frame_chunk)
   fast = compress(slow, pooling[None], model.cfg.compressor.spatial_stride)
   kv = model.slow_kv(jnp.where(zero_slow, jnp.zeros_like(slow), slow))
   return slow, fast.reshape(1, -1, fast.shape[-1]), kv

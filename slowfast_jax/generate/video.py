@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A video file to the frames that a model takes, as its training took them."""
+"""A video or picture file to the frames that a model takes, as its training took them."""
 
 import dataclasses
+import os
+import pathlib
 from typing import cast
 
 import numpy as np
 from jaxtyping import Float, UInt8
+from PIL import Image, UnidentifiedImageError
 
 from slowfast_jax.checkpoints.store import Export
 from slowfast_jax.data.preprocess import Policy, preprocess
 from slowfast_jax.data.video import Sampler, VideoPath, read_frames
+from slowfast_jax.errors import UserError
+
+# Files of these names are still pictures; all others are opened as videos.
+PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +34,36 @@ class ModelFrames:
   timestamps: Float[np.ndarray, " F"]
   duration: float
   lost: int
+
+
+def read_media(path: VideoPath, export: Export) -> ModelFrames:
+  """Reads a picture as one frame, by the file's name, and anything else as a video.
+
+  Raises:
+    UserError: the file is missing, or neither.
+  """
+  is_name = isinstance(path, str | os.PathLike)
+  if is_name and pathlib.Path(path).suffix.lower() in PICTURES:
+    return read_picture(pathlib.Path(path), export)
+  return read_video(path, export)
+
+
+def read_picture(path: pathlib.Path, export: Export) -> ModelFrames:
+  """Reads a still picture. It is padded to a square, as in training: only videos are squeezed.
+
+  Raises:
+    UserError: the file is missing, no picture, or damaged.
+  """
+  vision = export.model.vision
+  try:
+    with Image.open(path) as opened:
+      pixels = np.array(opened.convert("RGB"))
+  except FileNotFoundError as error:
+    raise UserError(f"{path}: there is no such file.") from error
+  except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    raise UserError(f"{path}: not a picture that can be read: {error}") from error
+  square = preprocess(pixels, vision.image_size, "pad", mean=vision.pixel_mean)
+  return ModelFrames(square[None], np.zeros(1, np.float32), duration=0.0, lost=0)
 
 
 def read_video(path: VideoPath, export: Export) -> ModelFrames:

@@ -17,7 +17,7 @@ from slowfast_jax.sharding import make_mesh
 from tests.generate.tiny import TOKENIZER, frames, full_logits, make_export
 
 QUESTION, LONGER = "What was it?", "What colour was the circle, and where was the other one?"
-NEW = 16
+NEW = 32
 NEVER = (-1, -1)
 
 
@@ -129,6 +129,14 @@ def test_normalised_frames_equal_pixels(engine):
   a, b = engine.encode(pixels), engine.encode(normalised)
   np.testing.assert_allclose(a.slow[:, :5], b.slow[:, :5], atol=1e-5)
   np.testing.assert_allclose(a.fast[:, : a.num_fast], b.fast[:, : b.num_fast], atol=1e-5)
+
+
+def test_a_long_video_is_encoded_in_chunks(engine):
+  """Each frame for itself, as if it stood in a short video."""
+  pixels = frames(40, 3)
+  long = engine.encode(pixels)
+  parts = [engine.encode(part).slow for part in np.split(pixels, 5)]
+  np.testing.assert_allclose(long.slow[:, :40], np.concatenate(parts, axis=1), atol=1e-5)
 
 
 def test_other_questions_of_a_bucket_compile_nothing(engine):
