@@ -106,8 +106,8 @@ def _convnext(
   return ConvNeXtConfig(image_size=image_size, depths=depths, widths=widths, norm_eps=norm_eps)
 
 
-# Vision encoders by the names of their releases. "convnext-576" is what the released models call the
-# XXL that OpenCLIP trained on LAION; the other two are its base_w and large_d at their image sizes.
+# Vision encoders by the names of their releases. "convnext-576" is how the released models call the
+# XXL that OpenCLIP trained on LAION; the other two are its base_w and large_d.
 TOWERS: dict[str, VisionConfig] = {
   "siglip-so400m-patch14-384": _vit("siglip", "so400m", 384, 14),
   "siglip-base-patch16-224": _vit("siglip", "base", 224, 16),
