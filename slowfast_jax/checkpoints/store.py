@@ -2,10 +2,8 @@
 """What is kept of a run, through Orbax: its training state, and the export that others open.
 
 `Checkpoints` holds the newest training states of a run. An export is a folder with all that
-evaluation and chat need: config.json, the tokenizer's files and the parameters.
-
-Arrays are stored by their dotted path ("decoder.layers.mlp.up.kernel") and are read straight onto
-their devices, whatever number of devices wrote them.
+evaluation and chat need: config.json, the tokenizer's files and the parameters (see `parts.py`);
+one that was converted also has `huggingface/`, with what its first folder had besides.
 """
 
 import contextlib
@@ -15,7 +13,7 @@ import os
 import tempfile
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -25,46 +23,39 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
+from slowfast_jax.checkpoints.export import Export, HubFiles, VideoConfig
+from slowfast_jax.checkpoints.hub_files import TOKENIZER_FILES, read_hub_files, write_hub_files
+from slowfast_jax.checkpoints.parts import PartsReader, PartsWriter
+from slowfast_jax.checkpoints.source import Source, check_dtype, parameter_state, place, source_of
+from slowfast_jax.checkpoints.trees import (
+  abstract_state,
+  first_line,
+  flatten,
+  read_arrays,
+  unflatten,
+)
 from slowfast_jax.data.tokenizer import Tokenizer
 from slowfast_jax.errors import UserError
-from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig
-from slowfast_jax.sharding import make_mesh, state_shardings
+from slowfast_jax.models.slowfast import SlowFastConfig
+
+__all__ = [
+  "Checkpoints",
+  "Export",
+  "Restored",
+  "VideoConfig",
+  "abstract_state",
+  "flatten",
+  "load_export",
+  "open_export",
+  "save_export",
+  "unflatten",
+  "write_export",
+]
 
 T = TypeVar("T")
 
-FORMAT, FORMAT_VERSION = "slowfast_jax", 1
-CONFIG_FILE, PARAMS_FOLDER = "config.json", "params"
-
-
-# --- Trees as flat dictionaries ---
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-  """The leaves of a state by their dotted paths."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {_dotted(path): leaf for path, leaf in leaves}
-
-
-def unflatten(like: T, leaves: Mapping[str, Any]) -> T:
-  """The inverse of `flatten`, for a tree of the structure of `like`."""
-  return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in flatten(like)])
-
-
-def abstract_state(init: Callable[..., T], mesh: Mesh, *args: Any) -> T:
-  """Shapes, dtypes and places on the mesh of what `init(*args)` returns; nothing is computed."""
-  shapes = jax.eval_shape(init, *args)
-  shardings = state_shardings(shapes, mesh)
-  return jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-    shapes,
-    shardings,
-  )
-
-
-def _dotted(path: tuple) -> str:
-  keys = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", "")))) for key in path]
-  # The step into an nnx.Variable says nothing.
-  return ".".join(keys[:-1] if len(keys) > 1 and keys[-1] == "value" else keys)
+FORMAT, FORMAT_VERSION = "slowfast_jax", 2
+CONFIG_FILE, PARAMS_FOLDER, HUB_FOLDER = "config.json", "params", "huggingface"
 
 
 # --- The running state ---
@@ -131,7 +122,7 @@ class Checkpoints:
           "run"
         ]
         check(run)
-        leaves = _read_arrays(self._folder / str(step) / "state", flatten(abstract))
+        leaves = read_arrays(self._folder / str(step) / "state", flatten(abstract))
         return Restored(step, unflatten(abstract, leaves), run)
       except (UserError, MemoryError, jax.errors.JaxRuntimeError):
         raise  # Not the folder's fault.
@@ -147,7 +138,7 @@ class Checkpoints:
     """Without its number the folder is no checkpoint, and the step can be saved again."""
     torn = self._folder / str(step)
     aside = self._folder / f"torn-{step}"
-    logging.warning("%s: torn, so it is moved to %s: %s", torn, aside.name, _first_line(error))
+    logging.warning("%s: torn, so it is moved to %s: %s", torn, aside.name, first_line(error))
     if jax.process_index() == 0:
       if aside.exists():
         aside.rmtree()
@@ -158,57 +149,58 @@ class Checkpoints:
 # --- The export ---
 
 
-@dataclasses.dataclass(frozen=True)
-class VideoConfig:
-  """How frames are taken from a video, so that a question is asked as the training asked it.
-
-  Attributes:
-    num_frames: frames of a video.
-    sampler: "uniform" or "fps".
-    target_fps: frames a second of "fps".
-    policy: how a frame becomes square, see `data.preprocess`.
-  """
-
-  num_frames: int
-  sampler: str = "uniform"
-  target_fps: float = 2.0
-  policy: str = "siglip"
-
-
-@dataclasses.dataclass(frozen=True)
-class Export:
-  """A model with all that is needed to ask it.
-
-  Attributes:
-    model: its sizes and variants.
-    params: the parameters of `SlowFast(model)`.
-    tokenizer: the tokenizer that it was trained with.
-    video: how frames are taken from a video.
-    system: the system prompt.
-  """
-
-  model: SlowFastConfig
-  params: nnx.State
-  tokenizer: Tokenizer
-  video: VideoConfig
-  system: str
-
-
 def save_export(folder: str | os.PathLike, export: Export) -> None:
   """Writes the folder, or replaces it; under its name it is complete at any time."""
+  write_export(folder, source_of(export))
+
+
+def write_export(
+  folder: str | os.PathLike,
+  source: Source,
+  dtype: str | None = None,
+  tell: Callable[[int], None] = lambda count: None,
+) -> None:
+  """Writes an export, or replaces one, a piece at a time.
+
+  Args:
+    folder: where to.
+    source: the model.
+    dtype: of the parameters; None: as they are.
+    tell: is given the bytes of every piece, once it is read.
+  """
+  wanted = check_dtype(dtype)
+  with replaced(folder) as new:
+    if jax.process_index() == 0:
+      text = json.dumps(_config_json(source.export), indent=2)
+      new.joinpath(CONFIG_FILE).write_text(text + "\n")
+      if source.export.tokenizer is not None:
+        _save_tokenizer(source.export.tokenizer, new)
+      if source.export.hub is not None:
+        write_hub_files(new / HUB_FOLDER, source.export.hub)
+    writer = PartsWriter(new / PARAMS_FOLDER)
+    for piece in source.pieces(None):
+      tell(piece.array.nbytes)
+      array = piece.array if wanted is None else piece.array.astype(wanted)
+      writer.add(dataclasses.replace(piece, array=array))
+    writer.close()
+
+
+@contextlib.contextmanager
+def replaced(folder: str | os.PathLike) -> Iterator[epath.Path]:
+  """A new folder that takes the place of the old one when everything is in it.
+
+  What an earlier attempt left behind is deleted.
+  """
   target = epath.Path(folder).absolute()
   new = target.with_name(target.name + ".new")
+  old = target.with_name(target.name + ".old")
   first = jax.process_index() == 0
   if first:
     if new.exists():
       new.rmtree()
     new.mkdir(parents=True)
-    new.joinpath(CONFIG_FILE).write_text(json.dumps(_config_json(export), indent=2) + "\n")
-    _save_tokenizer(export.tokenizer, new)
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(new / PARAMS_FOLDER, flatten(export.params))
+  yield new
   if first:
-    old = target.with_name(target.name + ".old")
     if old.exists():
       old.rmtree()
     if target.exists():
@@ -218,24 +210,34 @@ def save_export(folder: str | os.PathLike, export: Export) -> None:
       old.rmtree()
 
 
-def load_export(folder: str | os.PathLike, mesh: Mesh | None = None) -> Export:
+def load_export(
+  folder: str | os.PathLike, mesh: Mesh | None = None, dtype: str | None = None
+) -> Export:
   """Opens an export.
 
   Args:
     folder: what `save_export` wrote, or the folder of a run that has it as `export`.
     mesh: where the parameters go; None: the first device.
+    dtype: of the parameters; None: as they are stored.
 
   Raises:
     UserError: the folder is none, or a part of it is missing or damaged.
   """
+  return place(open_export(folder), mesh, dtype)
+
+
+def open_export(folder: str | os.PathLike) -> Source:
+  """An export whose parameters are not read yet; arguments and errors as of `load_export`."""
   source = epath.Path(folder).absolute()
   if not (source / CONFIG_FILE).exists() and (source / "export" / CONFIG_FILE).exists():
     source = source / "export"
-  model, video, system = _parse_config(_read_config(source), source / CONFIG_FILE)
-  tokenizer = _load_tokenizer(source)
-  mesh = make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
-  abstract = abstract_state(lambda: nnx.state(SlowFast(model, rngs=nnx.Rngs(0))), mesh)
-  return Export(model, _load_params(source / PARAMS_FOLDER, abstract), tokenizer, video, system)
+  export = _parse_config(_read_config(source), source / CONFIG_FILE)
+  export = dataclasses.replace(export, tokenizer=_load_tokenizer(source))
+  if export.hub is not None:
+    hub = read_hub_files(source / HUB_FOLDER, head_copy=export.hub.head_copy)
+    export = dataclasses.replace(export, hub=hub)
+  reader = PartsReader(source / PARAMS_FOLDER, flatten(parameter_state(export.model)))
+  return Source(export, reader.dtypes, reader.pieces, reader.num_bytes)
 
 
 def _config_json(export: Export) -> dict[str, Any]:
@@ -245,37 +247,49 @@ def _config_json(export: Export) -> dict[str, Any]:
     "model": dataclasses.asdict(export.model),
     "video": dataclasses.asdict(export.video),
     "system": export.system,
+    "max_length": export.max_length,
+    "stop_ids": export.stop_ids,
+    "huggingface": None if export.hub is None else {"head_copy": export.hub.head_copy},
   }
 
 
 def _read_config(folder: epath.Path) -> dict[str, Any]:
   file = folder / CONFIG_FILE
   if not folder.is_dir():
-    raise UserError(f"{folder}: there is no such folder; give one that `slowfast train` exported.")
+    raise UserError(f"{folder}: there is no such folder; give an export or a Hugging Face folder.")
   if not file.exists():
     raise UserError(
       f"{folder}: not an export, it has no {CONFIG_FILE}; give the --workdir of a `slowfast train` "
-      "that has finished."
+      "that has finished, or a Hugging Face folder."
     )
   try:
     config = json.loads(file.read_text())
   except ValueError as error:
     raise UserError(f"{file}: not readable as JSON: {error}") from error
-  found = (config.get("format"), config.get("version")) if isinstance(config, dict) else None
-  if found != (FORMAT, FORMAT_VERSION):
+  config = config if isinstance(config, dict) else {}
+  found = config.get("format"), config.get("version")
+  if found[0] != FORMAT or found[1] not in range(1, FORMAT_VERSION + 1):
     raise UserError(
-      f'{file}: expected "format": "{FORMAT}" and "version": {FORMAT_VERSION}, got {found}; '
+      f'{file}: expected "format": "{FORMAT}" and "version": 1 to {FORMAT_VERSION}, got {found}; '
       "it is no export, or a newer version of slowfast_jax wrote it."
     )
   return config
 
 
-def _parse_config(
-  config: dict[str, Any], file: epath.Path
-) -> tuple[SlowFastConfig, VideoConfig, str]:
+def _parse_config(config: dict[str, Any], file: epath.Path) -> Export:
+  """The export without tokenizer, parameters and the files of its hub."""
   try:
-    model = _from_dict(SlowFastConfig, config["model"])
-    return model, _from_dict(VideoConfig, config["video"]), config["system"]
+    hub = config.get("huggingface")  # Like the two below, new in version 2.
+    return Export(
+      model=_from_dict(SlowFastConfig, config["model"]),
+      params=nnx.State({}),
+      tokenizer=None,
+      video=_from_dict(VideoConfig, config["video"]),
+      system=config["system"],
+      max_length=config.get("max_length"),
+      stop_ids=tuple(config.get("stop_ids", ())),
+      hub=None if hub is None else HubFiles({}, head_copy=bool(hub["head_copy"])),
+    )
   except (KeyError, TypeError, ValueError) as error:
     raise UserError(f"{file}: not the config of an export: {error}.") from error
 
@@ -317,7 +331,9 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: epath.Path) -> None:
       file.copy(folder / file.name)
 
 
-def _load_tokenizer(folder: epath.Path) -> Tokenizer:
+def _load_tokenizer(folder: epath.Path) -> Tokenizer | None:
+  if not any((folder / name).exists() for name in TOKENIZER_FILES):
+    return None
   with tempfile.TemporaryDirectory() as local:
     for file in folder.glob("*.json"):
       file.copy(epath.Path(local) / file.name)
@@ -325,60 +341,3 @@ def _load_tokenizer(folder: epath.Path) -> Tokenizer:
       return Tokenizer.from_dir(local)
     except UserError as error:
       raise UserError(str(error).replace(local, str(folder))) from None
-
-
-def _load_params(folder: epath.Path, abstract: nnx.State) -> nnx.State:
-  try:
-    return unflatten(abstract, _read_arrays(folder, flatten(abstract)))
-  except (UserError, MemoryError, jax.errors.JaxRuntimeError):
-    raise
-  except Exception as error:  # As in `Checkpoints.restore`.
-    raise UserError(
-      f"{folder}: the parameters are missing or damaged ({_first_line(error)}); copy the export "
-      "again, or run the training command again to make it anew."
-    ) from error
-
-
-# --- Arrays ---
-
-
-def _read_arrays(
-  folder: epath.Path, expected: dict[str, jax.ShapeDtypeStruct]
-) -> dict[str, jax.Array]:
-  """Reads all arrays of a folder, each straight onto its devices.
-
-  Raises:
-    UserError: the folder has other arrays than were expected.
-    Exception: it cannot be read.
-  """
-  handler = ocp.StandardCheckpointHandler()
-  with contextlib.closing(handler):
-    stored = handler.metadata(folder)
-    if stored is None:
-      raise ValueError("the description of its arrays is missing")
-    _check_names(folder, stored.tree, expected)
-    return handler.restore(folder, args=ocp.args.StandardRestore(expected))
-
-
-def _first_line(error: Exception) -> str:
-  """Orbax appends pages of details."""
-  return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def _check_names(folder: epath.Path, stored: Mapping[str, Any], expected: Mapping[str, Any]):
-  missing = [name for name in expected if name not in stored]
-  extra = [name for name in stored if name not in expected]
-  shapes = [
-    f"{name} (expected {expected[name].shape}, got {tuple(stored[name].shape)})"
-    for name in expected
-    if name in stored and tuple(stored[name].shape) != tuple(expected[name].shape)
-  ]
-  groups = {"missing": missing, "not of this model": extra, "of another shape": shapes}
-  wrong = [
-    f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in groups.items() if names
-  ]
-  if wrong:
-    raise UserError(
-      f"{folder}: the arrays do not fit the model ({'; '.join(wrong)}); the config is another one, "
-      "or another version of slowfast_jax wrote them."
-    )

@@ -28,6 +28,7 @@ VERBS = {
   "train": "train a model; the same command again resumes",
   "eval": "evaluate a checkpoint",
   "chat": "ask a checkpoint about a video",
+  "convert": "convert a checkpoint between Hugging Face and Orbax, or make one of its parts",
   "doctor": "check what works on this machine and what does not",
 }
 
