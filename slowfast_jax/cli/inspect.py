@@ -5,15 +5,21 @@ import argparse
 import dataclasses
 import pathlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from slowfast_jax.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+  import ml_collections
 
 HELP = "show what is in records, a checkpoint or a config"
 
 EXAMPLES = """examples:
   slowfast inspect records/train
   slowfast inspect records/train --html sheet.html     frames and conversations, to look at
-  slowfast inspect configs/demo.py
+  slowfast inspect runs/mine                           the model of a training run
+  slowfast inspect checkpoints/SlowFast-7B             of a Hugging Face folder, tensors unread
+  slowfast inspect configs/demo.py                     its fields, and the model that they make
 """
 
 
@@ -52,19 +58,45 @@ def _records_sheet(path: pathlib.Path) -> str:
   return contact_sheet(RecordSource(path))
 
 
+def _is_checkpoint(path: pathlib.Path) -> bool:
+  return any((path / name).exists() for name in ("config.json", "export/config.json"))
+
+
+def _describe_checkpoint(path: pathlib.Path) -> str:
+  from slowfast_jax.checkpoints.describe import describe_checkpoint
+
+  return describe_checkpoint(path)
+
+
 def _is_config(path: pathlib.Path) -> bool:
-  return path.suffix == ".py"
+  # `FILE.py:ARG` calls get_config(ARG).
+  return ".py" in (path.suffix, path.suffix.partition(":")[0])
 
 
 def _describe_config(path: pathlib.Path) -> str:
   from slowfast_jax.config import load_config
 
-  return str(load_config(path)).rstrip()
+  config = load_config(path)
+  return "\n".join([str(config).rstrip(), *_model_of(config)])
+
+
+def _model_of(config: "ml_collections.ConfigDict") -> list[str]:
+  """The model that a training config makes; other configs have none."""
+  if "preset" not in config.get("model", {}):
+    return []
+  from slowfast_jax.checkpoints.describe import format_facts, model_facts, video_facts
+  from slowfast_jax.checkpoints.export import VideoConfig
+  from slowfast_jax.train.setup import model_config
+
+  model, c = model_config(config.model), config.video
+  video = VideoConfig(config.data.num_frames, c.sampler, c.target_fps, c.policy)
+  return ["", "Its model:", format_facts([*model_facts(model), *video_facts(model, video)])]
 
 
 # The first that matches describes the path.
 KINDS = (
   Kind("a records folder", _is_records, _describe_records, _records_sheet),
+  Kind("a checkpoint folder", _is_checkpoint, _describe_checkpoint),
   Kind("a config file (.py)", _is_config, _describe_config),
 )
 
