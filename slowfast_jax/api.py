@@ -18,7 +18,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Float32
 
-from slowfast_jax.checkpoints.store import Export, load_export, save_export
+from slowfast_jax.checkpoints.hf import save_hf
+from slowfast_jax.checkpoints.open import load_checkpoint
+from slowfast_jax.checkpoints.store import Export, save_export
 from slowfast_jax.data.chat import Turn
 from slowfast_jax.data.video import VideoPath
 from slowfast_jax.errors import UserError
@@ -27,7 +29,7 @@ from slowfast_jax.generate.sessions import VideoSession
 from slowfast_jax.generate.video import read_media
 from slowfast_jax.models.slowfast import SlowFastConfig
 
-FORMATS = ("orbax", "huggingface")
+_WRITERS = {"orbax": save_export, "huggingface": save_hf}
 
 # A sample's media: normalised frames [T, h, w, 3] of a video, or [h, w, 3] of a still image;
 # a list of such arrays, one for each -200; None for text alone.
@@ -187,7 +189,7 @@ def load(path: str | os.PathLike, dtype: str = "float32", mesh: Mesh | None = No
   Raises:
     UserError: the folder holds no model, or a part of it is missing or damaged.
   """
-  return VLM(load_export(path, mesh), mesh, dtype)
+  return VLM(load_checkpoint(path, mesh, dtype), mesh, dtype)
 
 
 def save(vlm: VLM, path: str | os.PathLike, format: str = "orbax") -> None:
@@ -201,9 +203,9 @@ def save(vlm: VLM, path: str | os.PathLike, format: str = "orbax") -> None:
   Raises:
     UserError: an unknown format.
   """
-  if format not in FORMATS:
-    raise UserError(f"format must be one of {FORMATS}, got {format!r}.")
-  save_export(path, vlm.export)
+  if format not in _WRITERS:
+    raise UserError(f"format must be one of {list(_WRITERS)}, got {format!r}.")
+  _WRITERS[format](path, vlm.export)
 
 
 def _listed(media: Any) -> list[Any]:

@@ -173,13 +173,19 @@ def test_without_cross_attention_only_the_prompt_reads(vlm):
   assert replies[3] == reading[3]
 
 
-def test_it_stops_behind_the_stop_token(vlm, monkeypatch):
+def test_it_stops_behind_the_stop_token(vlm):
   replies = vlm.generate_ids(IDS, FRAMES, NEW)
   stop = replies[0][5]
-  monkeypatch.setattr(vlm.engine, "stop_ids", (stop,))
+  stopping = sf.VLM(dataclasses.replace(vlm.export, tokenizer=None, stop_ids=(stop,)))
   cut = [r[: r.index(stop) + 1] if stop in r else r for r in replies]
   assert len({len(reply) for reply in cut}) > 1
-  assert vlm.generate_ids(IDS, FRAMES, NEW) == cut
+  assert stopping.generate_ids(IDS, FRAMES, NEW) == cut
+
+
+def test_the_tokenizer_ends_a_turn(vlm):
+  tokenizer = vlm.export.tokenizer
+  stops = sf.VLM(dataclasses.replace(vlm.export, stop_ids=(7,))).engine.stop_ids
+  assert set(stops) == {tokenizer.im_end_id, tokenizer.eos_id, 7}
 
 
 def test_seeds_reproduce(vlm):
@@ -272,10 +278,10 @@ def test_text_reads_the_slow_tokens_of_all_videos_of_its_sample(vlm, together, c
 # --- The model's maximum length ---
 
 
-def test_samples_are_cut_on_the_right(vlm, together, monkeypatch):
+def test_samples_are_cut_on_the_right(vlm, together):
   """Sample 6 within its first image; slow tokens of the second are read all the same."""
-  monkeypatch.setattr(vlm.engine, "max_length", 20)
-  for i, scores in enumerate(vlm.logits(IDS, FRAMES)):
+  cut = make_vlm(dataclasses.replace(vlm.export, max_length=20))
+  for i, scores in enumerate(cut.logits(IDS, FRAMES)):
     assert len(scores) == min(20, len(together[i]))
     np.testing.assert_allclose(scores, together[i][:20], rtol=1e-5, atol=1e-5)
 
@@ -351,9 +357,12 @@ def folder(tmp_path_factory):
   return folder
 
 
-def test_a_saved_model_is_the_same(vlm, together, folder):
-  again = sf.load(folder / "model")
+@pytest.mark.parametrize("format", ["orbax", "huggingface"])
+def test_a_saved_model_is_the_same(vlm, together, tmp_path, format):
+  sf.save(vlm, tmp_path / "model", format=format)
+  again = sf.load(tmp_path / "model")
   assert again.config == vlm.config == CONFIG
+  assert again.config.num_params == sum(x.size for x in flatten(vlm.export.params).values())
   for one, other in zip(together, again.logits(IDS, FRAMES)):
     np.testing.assert_array_equal(one, other)
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from slowfast_jax.checkpoints.store import load_export
+from slowfast_jax.checkpoints.open import load_checkpoint
 from slowfast_jax.data.chat import Turn
 from slowfast_jax.errors import UsageError
 from slowfast_jax.generate.engine import Engine, VideoSession
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add("video", metavar="VIDEO", help="a video or picture file")
   add("question", metavar="QUESTION", nargs="?", help="without it: a conversation")
-  add("--checkpoint", required=True, metavar="DIR", help="the export of a training run")
+  add("--checkpoint", required=True, metavar="DIR", help="an export or a Hugging Face folder")
   add("--attention", metavar="FILE.png", help="plot which moments the last question read")
   add("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (%(default)s)")
   add("--temperature", type=float, default=0.0, help="0 is greedy (%(default)g)")
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
   if args.attention and not Path(args.attention).absolute().parent.is_dir():
     raise UsageError(f"--attention {args.attention}: there is no such folder.")
   mesh = make_mesh({"tensor": -1})  # All devices: a large model fits on none alone.
-  engine = Engine(load_export(args.checkpoint, mesh), mesh)
+  engine = Engine(load_checkpoint(args.checkpoint, mesh), mesh)
   frames = read_media(args.video, engine.export)
   if frames.lost:
     print(f"{args.video}: {frames.lost} frames are damaged and left out", file=sys.stderr)

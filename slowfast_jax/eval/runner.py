@@ -18,7 +18,8 @@ from typing import Any
 import ml_collections
 from absl import logging
 
-from slowfast_jax.checkpoints.store import Export, load_export
+from slowfast_jax.checkpoints.export import Export
+from slowfast_jax.checkpoints.open import load_checkpoint
 from slowfast_jax.errors import UserError
 from slowfast_jax.eval.results import RESULTS, PredictionsFile
 from slowfast_jax.eval.tasks import Doc, Prediction, Task, get_task
@@ -108,7 +109,7 @@ class _Asker:
   ):
     mesh = make_mesh(config.mesh.to_dict())
     self._config, self._task, self._predictions = config, task, predictions
-    self._export = load_export(checkpoint, mesh)
+    self._export = load_checkpoint(checkpoint, mesh)
     self._engine = Engine(
       self._export, mesh, dtype=config.dtype, batch_size=min(config.batch_size, 256)
     )

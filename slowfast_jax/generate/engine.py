@@ -79,7 +79,7 @@ class Engine:
   ):
     self.export = export
     self.stop_ids = _stop_ids(export)
-    self.max_length: int | None = getattr(export, "max_length", None)
+    self.max_length = export.max_length
     self._mesh, self._batch_size = mesh, batch_size
     self._dtype = jnp.dtype(dtype)
     params = export.params
@@ -417,6 +417,6 @@ class Engine:
 
 def _stop_ids(export: Export) -> tuple[int, ...]:
   """Tokens that end a reply."""
-  tokenizer, more = export.tokenizer, getattr(export, "stop_ids", ())
+  tokenizer = export.tokenizer
   own = () if tokenizer is None else (tokenizer.im_end_id, tokenizer.eos_id)
-  return tuple(dict.fromkeys([*own, *more]))
+  return tuple(dict.fromkeys([*own, *export.stop_ids]))
