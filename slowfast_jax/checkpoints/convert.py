@@ -27,7 +27,7 @@ def convert(
   """Writes a model that is read while it is written.
 
   The folder appears under its name only when it is complete. What an attempt that was stopped left
-  behind (NAME.new or NAME.partial) is deleted, and the work starts over.
+  behind (NAME.new) is deleted, and the work starts over.
 
   Args:
     source: the model, see `open_checkpoint` and `open_parts`.

@@ -8,15 +8,14 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import einops
 import numpy as np
-from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
 from slowfast_jax.checkpoints.export import Export, HubFiles
+from slowfast_jax.checkpoints.folders import replaced
 from slowfast_jax.checkpoints.hf_config import (
   CONFIG_FILE,
   LLM_TYPES,
@@ -24,8 +23,9 @@ from slowfast_jax.checkpoints.hf_config import (
   official_files,
   parse_official,
 )
+from slowfast_jax.checkpoints.hf_parts import load_parts, open_parts
 from slowfast_jax.checkpoints.hf_read import EMBEDDING, HEAD, match
-from slowfast_jax.checkpoints.hub_files import TOKENIZER_FILES, small_files
+from slowfast_jax.checkpoints.hub_files import TOKENIZER_FILES, open_tokenizer, small_files
 from slowfast_jax.checkpoints.json_fields import Fields, read_json
 from slowfast_jax.checkpoints.parts import Locate, Piece
 from slowfast_jax.checkpoints.safetensors_files import (
@@ -49,8 +49,9 @@ from slowfast_jax.checkpoints.tables import (
   official_slots,
   split_axis,
 )
-from slowfast_jax.data.tokenizer import Tokenizer
 from slowfast_jax.errors import UserError
+
+__all__ = ["load_hf", "load_parts", "open_hf", "open_parts", "save_hf", "write_hf"]
 
 # As transformers has it.
 MAX_SHARD_BYTES = 5_000_000_000
@@ -106,20 +107,6 @@ def open_hf(folder: str | os.PathLike) -> Source:
   return Source(export, tensors.dtypes(), pieces, tensors.num_bytes)
 
 
-def open_tokenizer(folder: epath.Path) -> Tokenizer | None:
-  """The tokenizer of a Hugging Face folder; None, with a warning, if it is not one for chat.
-
-  The model is of use without it: it takes and gives token ids.
-  """
-  if not any((folder / name).exists() for name in TOKENIZER_FILES):
-    return None
-  try:
-    return Tokenizer.from_dir(folder)
-  except UserError as error:
-    logging.warning("%s; the model is opened without a tokenizer", error)
-    return None
-
-
 def save_hf(
   folder: str | os.PathLike,
   export: Export,
@@ -129,13 +116,13 @@ def save_hf(
   """Writes a folder in the released layout.
 
   Args:
-    folder: where to; it must not be there yet, or be empty.
+    folder: where to; a checkpoint that is there is replaced.
     export: the model. What it was opened with (tokenizer, unused tensors) is written too.
     dtype: of the parameters; None: as they are.
     max_shard_bytes: files have at most so many bytes.
 
   Raises:
-    UserError: something is in the folder already.
+    UserError: the folder has something else in it.
   """
   write_hf(folder, source_of(export), dtype, max_shard_bytes=max_shard_bytes)
 
@@ -152,35 +139,27 @@ def write_hf(
   wanted = check_dtype(dtype)
   if "://" in os.fspath(folder):
     raise UserError(f"{folder}: Hugging Face folders are written to local disks only.")
-  export, target = source.export, Path(folder).absolute()
-  if target.exists() and (not target.is_dir() or any(target.iterdir())):
-    raise UserError(f"{target}: it is there already; give another name, or delete it.")
-  partial = epath.Path(target.with_name(target.name + ".partial"))
-  if partial.exists():
-    partial.rmtree()  # What an attempt left that was stopped.
-  partial.mkdir(parents=True)
+  export = source.export
   model = export.model
   slots = official_slots(model, parameter_shapes(model))
   dtypes = {slot: wanted or _dtype_of(slot, source) for slot in slots}
-  _write_small_files(partial, export, next(iter(dtypes.values())))
-  writer = SafetensorsWriter(partial, _description(export, dtypes), max_shard_bytes=max_shard_bytes)
   by_param: dict[str, list[Slot]] = {}
   for slot in slots:
     by_param.setdefault(slot.param, []).append(slot)
-  for piece in source.pieces(None):
-    tell(piece.array.nbytes)
-    for slot, array, start in _tensors_of(piece, by_param[piece.name]):
-      array = array.astype(dtypes[slot], copy=False)
-      writer.write(slot.source, array, start)
-      if slot.source == EMBEDDING and _has_head_copy(export):
-        writer.write(HEAD, array, start)
-  if export.hub is not None:
-    for name, tensor in export.hub.unused.items():
-      writer.write_raw(name, tensor)
-  writer.close()
-  if target.exists():
-    target.rmdir()
-  partial.rename(target)
+  with replaced(folder) as new:
+    _write_small_files(new, export, next(iter(dtypes.values())))
+    writer = SafetensorsWriter(new, _description(export, dtypes), max_shard_bytes=max_shard_bytes)
+    for piece in source.pieces(None):
+      tell(piece.array.nbytes)
+      for slot, array, start in _tensors_of(piece, by_param[piece.name]):
+        array = array.astype(dtypes[slot], copy=False)
+        writer.write(slot.source, array, start)
+        if slot.source == EMBEDDING and _has_head_copy(export):
+          writer.write(HEAD, array, start)
+    if export.hub is not None:
+      for name, tensor in export.hub.unused.items():
+        writer.write_raw(name, tensor)
+    writer.close()
 
 
 def _write_small_files(folder: epath.Path, export: Export, dtype: np.dtype) -> None:

@@ -17,7 +17,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from slowfast_jax.checkpoints.export import Export, HubFiles, VideoConfig
-from slowfast_jax.checkpoints.hf import open_tokenizer
 from slowfast_jax.checkpoints.hf_config import (
   CONFIG_FILE,
   LLM_TYPES,
@@ -27,7 +26,7 @@ from slowfast_jax.checkpoints.hf_config import (
 )
 from slowfast_jax.checkpoints.hf_read import Tensors, match
 from slowfast_jax.checkpoints.hf_tower import tower_config
-from slowfast_jax.checkpoints.hub_files import small_files
+from slowfast_jax.checkpoints.hub_files import open_tokenizer, small_files
 from slowfast_jax.checkpoints.json_fields import Fields, read_json
 from slowfast_jax.checkpoints.parts import Locate, Piece
 from slowfast_jax.checkpoints.safetensors_files import SafetensorsFiles
@@ -76,30 +75,28 @@ class FreshOptions:
 def load_parts(
   llm: str | os.PathLike,
   vision: str | os.PathLike,
-  options: FreshOptions | None = None,
   mesh: Mesh | None = None,
   dtype: str | None = None,
+  **options: Any,
 ) -> Export:
   """Makes a slow-fast model of two trained parts.
 
   Args:
     llm: the folder of a Qwen2, Qwen2.5, Qwen3 or Llama.
     vision: the folder, or the .safetensors file, of a SigLIP, CLIP or ConvNeXt.
-    options: of the rest.
     mesh: where the parameters go; None: the first device.
     dtype: of the parameters; None: as they are stored, fresh ones as the language model's.
+    **options: fields of FreshOptions.
 
   Raises:
     UserError: a part is of another kind, or its files do not fit each other.
   """
-  return place(open_parts(llm, vision, options), mesh, dtype)
+  return place(open_parts(llm, vision, **options), mesh, dtype)
 
 
-def open_parts(
-  llm: str | os.PathLike, vision: str | os.PathLike, options: FreshOptions | None = None
-) -> Source:
+def open_parts(llm: str | os.PathLike, vision: str | os.PathLike, **fields: Any) -> Source:
   """A fresh model whose trained parts are not read yet; arguments and errors as of `load_parts`."""
-  options = FreshOptions() if options is None else options
+  options = FreshOptions(**fields)
   llm_path, vision_path = epath.Path(llm).absolute(), epath.Path(vision).absolute()
   decoder = _open_decoder_config(llm_path)
   vision_files = SafetensorsFiles(vision_path)

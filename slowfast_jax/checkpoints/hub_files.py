@@ -3,10 +3,13 @@
 
 import tempfile
 
+from absl import logging
 from etils import epath
 
 from slowfast_jax.checkpoints.export import HubFiles
 from slowfast_jax.checkpoints.safetensors_files import SafetensorsFiles, SafetensorsWriter
+from slowfast_jax.data.tokenizer import Tokenizer
+from slowfast_jax.errors import UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 UNUSED_FILE = "unused.safetensors"
@@ -47,3 +50,17 @@ def read_hub_files(folder: epath.Path, head_copy: bool) -> HubFiles:
     with SafetensorsFiles(folder / UNUSED_FILE) as files:
       unused = {name: files.read_raw(name) for name in files.tensors}
   return HubFiles(small_files(folder), unused, head_copy)
+
+
+def open_tokenizer(folder: epath.Path) -> Tokenizer | None:
+  """The tokenizer of a Hugging Face folder; None, with a warning, if it is not one for chat.
+
+  The model is of use without it: it takes and gives token ids.
+  """
+  if not any((folder / name).exists() for name in TOKENIZER_FILES):
+    return None
+  try:
+    return Tokenizer.from_dir(folder)
+  except UserError as error:
+    logging.warning("%s; the model is opened without a tokenizer", error)
+    return None

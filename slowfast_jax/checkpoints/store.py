@@ -6,14 +6,13 @@ evaluation and chat need: config.json, the tokenizer's files and the parameters 
 one that was converted also has `huggingface/`, with what its first folder had besides.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 import tempfile
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -24,6 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from slowfast_jax.checkpoints.export import Export, HubFiles, VideoConfig
+from slowfast_jax.checkpoints.folders import replaced
 from slowfast_jax.checkpoints.hub_files import TOKENIZER_FILES, read_hub_files, write_hub_files
 from slowfast_jax.checkpoints.parts import PartsReader, PartsWriter
 from slowfast_jax.checkpoints.source import Source, check_dtype, parameter_state, place, source_of
@@ -183,31 +183,6 @@ def write_export(
       array = piece.array if wanted is None else piece.array.astype(wanted)
       writer.add(dataclasses.replace(piece, array=array))
     writer.close()
-
-
-@contextlib.contextmanager
-def replaced(folder: str | os.PathLike) -> Iterator[epath.Path]:
-  """A new folder that takes the place of the old one when everything is in it.
-
-  What an earlier attempt left behind is deleted.
-  """
-  target = epath.Path(folder).absolute()
-  new = target.with_name(target.name + ".new")
-  old = target.with_name(target.name + ".old")
-  first = jax.process_index() == 0
-  if first:
-    if new.exists():
-      new.rmtree()
-    new.mkdir(parents=True)
-  yield new
-  if first:
-    if old.exists():
-      old.rmtree()
-    if target.exists():
-      target.rename(old)
-    new.rename(target)
-    if old.exists():
-      old.rmtree()
 
 
 def load_export(

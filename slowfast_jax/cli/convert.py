@@ -62,11 +62,11 @@ def run(args: argparse.Namespace) -> int:
     raise UsageError(f"expected {expected}, got {len(args.folders)} folders.")
   # Late: `slowfast convert --help` need not wait for JAX.
   from slowfast_jax.checkpoints.convert import convert
-  from slowfast_jax.checkpoints.hf_parts import FreshOptions, open_parts
+  from slowfast_jax.checkpoints.hf_parts import open_parts
   from slowfast_jax.checkpoints.open import is_huggingface, open_checkpoint
 
   if fresh:
-    source = open_parts(args.llm, args.vision, FreshOptions(**given))
+    source = open_parts(args.llm, args.vision, **given)
   else:
     source = open_checkpoint(args.folders[0])
     if is_huggingface(args.folders[0]) == (args.to == "huggingface"):
