@@ -68,9 +68,9 @@ def model_facts(cfg: SlowFastConfig) -> list[Fact]:
     ("projector", f"{cfg.projector}, {cfg.vision.width} to {decoder.width}"),
     (
       "compressor",
-      f"strides {compressor.sampling_stride} sampling, {compressor.temporal_stride} temporal, "
-      f"{compressor.spatial_stride} spatial; at least {compressor.min_fast_frames} fast frames; "
-      f"videos pooled by {compressor.video_pooling_stride} before",
+      f"videos' tokens pooled by {compressor.video_pooling_stride}; then strides "
+      f"{compressor.sampling_stride} sampling, {compressor.temporal_stride} temporal, "
+      f"{compressor.spatial_stride} spatial; at least {compressor.min_fast_frames} fast frames",
     ),
     (
       "decoder",
@@ -107,12 +107,10 @@ def format_facts(facts: Iterable[Fact]) -> str:
 
 def _presets_of_parts(cfg: SlowFastConfig) -> str:
   """A model of known parts, as most are that are no known whole."""
-  parts = {"decoder": (DECODERS, cfg.decoder), "vision": (TOWERS, cfg.vision)}
-  known = []
-  for part, (presets, own) in parts.items():
-    names = [name for name, preset in presets.items() if preset == own]
-    if names:
-      known.append(f"{part} {' or '.join(names)}")
+  decoders = [name for name, preset in DECODERS.items() if preset == cfg.decoder]
+  towers = [name for name, preset in TOWERS.items() if preset == cfg.vision]
+  parts = {"decoder": decoders, "vision": towers}
+  known = [f"{part} {' or '.join(names)}" for part, names in parts.items() if names]
   return f"none as a whole; {', '.join(known)}" if known else "none"
 
 

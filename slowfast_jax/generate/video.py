@@ -42,9 +42,10 @@ def read_media(path: VideoPath, export: Export) -> ModelFrames:
   Raises:
     UserError: the file is missing, or neither.
   """
-  is_name = isinstance(path, str | os.PathLike)
-  if is_name and pathlib.Path(path).suffix.lower() in PICTURES:
-    return read_picture(pathlib.Path(path), export)
+  if isinstance(path, str | os.PathLike):
+    file = pathlib.Path(os.fsdecode(path))
+    if file.suffix.lower() in PICTURES:
+      return read_picture(file, export)
   return read_video(path, export)
 
 

@@ -138,7 +138,7 @@ def test_a_killed_run_goes_on(files, unbroken, tmp_path):
 
 
 def test_a_finished_run_asks_nothing(files, unbroken, monkeypatch):
-  monkeypatch.setattr(runner, "load_export", None)
+  monkeypatch.setattr(runner, "load_checkpoint", None)
   assert evaluate(settings(files), files / "export", files / "unbroken") == unbroken[0]
 
 
