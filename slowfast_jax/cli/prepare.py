@@ -8,6 +8,7 @@ import shutil
 from slowfast_jax.cli.progress import Progress
 from slowfast_jax.data.prepare import Report, prepare
 from slowfast_jax.data.prepare_config import PrepareConfig
+from slowfast_jax.data.prepare_plan import format_plan, plan
 from slowfast_jax.errors import UserError
 
 HELP = "turn raw videos and their annotations into frame-sampled records"
@@ -16,6 +17,9 @@ EXAMPLES = """examples:
   slowfast prepare --videos clips/ --annotations train.json --output records/train
   slowfast prepare --videos clips/ --annotations train.jsonl --output records/train \\
       --frames 64 --sampler fps --target-fps 4 --size 576 --policy clip
+
+  slowfast prepare --videos a.tar.gz b.tar.gz --annotations train.json --output records/train
+  slowfast prepare --videos clips/ --annotations train.json --output records/train --plan
 
 The same command again resumes where a killed run stopped. Videos that cannot be read are left out
 and listed in OUTPUT/errors.jsonl; OUTPUT/report.json sums up. `slowfast inspect OUTPUT` shows what
@@ -29,10 +33,17 @@ is there. An annotation file is a JSON list or has one JSON object a line:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   default = PrepareConfig()
   add = parser.add_argument
-  add("--videos", required=True, metavar="DIR", help="folder that the annotated paths start from")
+  add(
+    "--videos",
+    required=True,
+    nargs="+",
+    metavar="DIR",
+    help="folders that the annotated paths start from, .tar or .tar.gz archives",
+  )
   add("--annotations", required=True, metavar="FILE", help="LLaVA-style JSON or JSONL")
   add("--output", required=True, metavar="DIR", help="records folder to write or to resume")
   add("--report", metavar="FILE", help="also write report.json here")
+  add("--plan", action="store_true", help="only say what there is to do; write nothing")
   add("--frames", type=int, default=default.num_frames, help="a video, at most (%(default)s)")
   add(
     "--sampler",
@@ -68,6 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default=default.timeout,
     help="seconds that one video may take (%(default)g)",
   )
+  add("--dedup", action="store_true", help="one record for all media files of the same content")
+  add("--follow-links", action="store_true", help="links may lead out of the folders")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,7 +95,12 @@ def run(args: argparse.Namespace) -> int:
     workers=args.workers,
     on_error=args.on_error,
     timeout=args.timeout,
+    dedup=args.dedup,
+    follow_links=args.follow_links,
   )
+  if args.plan:
+    print(format_plan(plan(args.videos, args.annotations, config)))
+    return 0
   with Progress("Preparing", "videos") as progress:
     report = prepare(args.videos, args.annotations, args.output, config, progress)
   if args.report:
@@ -106,6 +124,8 @@ def _summary(report: Report, output: str) -> str:
   ]
   if report.resumed_shards:
     lines.append(f"{report.resumed_shards} shards were already done.")
+  if report.duplicates:
+    lines.append(f"{report.duplicates} media files repeat the content of another.")
   if report.lost_frames:
     lines.append(f"{report.lost_frames} frames were damaged in their videos and are missing.")
   if report.errors:

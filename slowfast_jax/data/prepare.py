@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from slowfast_jax.data.annotations import AnnotationError, scan_annotations
+from slowfast_jax.data.media import Media, Paths
 from slowfast_jax.data.prepare_config import PrepareConfig, PrepareError
 from slowfast_jax.data.prepare_folder import OutputFolder, Shard
+from slowfast_jax.data.prepare_items import error_entry, place_items, read_items
 from slowfast_jax.data.prepare_record import Item, Made, make
 from slowfast_jax.data.workers import Failure, Workers
 from slowfast_jax.files import replace_json
@@ -43,6 +44,7 @@ class Report:
     shards: files.
     resumed_shards: files that an earlier run had finished.
     errors: videos and annotations that were left out; `errors.jsonl` names them.
+    duplicates: media files that hold the same bytes as another (with `dedup`).
     seconds: of this run.
     cpu_seconds: of this run, all workers together.
     settings: what decided the content.
@@ -56,13 +58,14 @@ class Report:
   shards: int
   resumed_shards: int
   errors: int
+  duplicates: int
   seconds: float
   cpu_seconds: float
   settings: dict[str, Any]
 
 
 def prepare(
-  videos: str | os.PathLike,
+  videos: Paths,
   annotations: str | os.PathLike,
   output: str | os.PathLike,
   config: PrepareConfig | None = None,
@@ -71,7 +74,8 @@ def prepare(
   """Writes a records folder. The same call again resumes; see `slowfast_jax.data.records`.
 
   Args:
-    videos: folder below which the annotated media lie.
+    videos: the folder below which the annotated media lie, a tar or tar.gz archive that holds
+      them, or several of either.
     annotations: LLaVA-style JSON or JSONL, see `slowfast_jax.data.annotations`.
     output: the records folder.
     config: how; None = the defaults.
@@ -88,21 +92,21 @@ def prepare(
 class _Run:
   """One call of `prepare`."""
 
-  def __init__(self, videos, annotations, config: PrepareConfig, progress: Progress):
-    self._root = pathlib.Path(videos).absolute()
-    if not self._root.is_dir():
-      raise PrepareError(f"{videos}: there is no such folder; give the videos' folder as --videos")
+  def __init__(self, videos: Paths, annotations, config: PrepareConfig, progress: Progress):
+    self._media = Media(videos, config.follow_links)
     self._annotations, self._config, self._progress = pathlib.Path(annotations), config, progress
-    self._items, self._errors = self._read_items()
+    self._items, self._errors = read_items(self._annotations)
     self._total = len(self._items) + len(self._errors)
     self._check_errors()
-    self._num_shards = config.shards or math.ceil(len(self._items) / _VIDEOS_PER_SHARD)
-    self._num_shards = min(self._num_shards, len(self._items))
 
   def __call__(self, output: str | os.PathLike) -> Report:
     started, cpu = time.monotonic(), _cpu_seconds()
-    settings = self._settings()
-    with OutputFolder(output, settings, self._num_shards) as folder:
+    with OutputFolder(output) as folder:
+      self._items = place_items(self._items, self._media.open(folder.scratch), self._config.dedup)
+      self._num_shards = self._config.shards or math.ceil(len(self._items) / _VIDEOS_PER_SHARD)
+      self._num_shards = min(self._num_shards, len(self._items))
+      settings = self._settings()
+      folder.adopt(settings, self._num_shards)
       try:
         shards, resumed = self._make_shards(folder)
         self._check_nothing_prepared(shards)
@@ -118,6 +122,7 @@ class _Run:
         shards=len(shards),
         resumed_shards=resumed,
         errors=len(self._errors),
+        duplicates=sum(len(item.duplicates) for item in self._items),
         seconds=round(time.monotonic() - started, 3),
         cpu_seconds=round(_cpu_seconds() - cpu, 3),
         settings=settings,
@@ -125,39 +130,21 @@ class _Run:
       file = folder.path / "report.json"
       if resumed < len(shards) or not file.exists():  # Else it tells of the run that did the work.
         replace_json(file, dataclasses.asdict(report))
+      folder.clean()
     return report
-
-  def _read_items(self) -> tuple[list[Item], list[dict[str, Any]]]:
-    items: dict[Any, Item] = {}
-    errors = []
-    for entry in scan_annotations(self._annotations):
-      if isinstance(entry, AnnotationError):
-        errors.append(_error(self._annotations.name, entry.line, 1, entry.reason))
-        continue
-      key = entry.media if entry.media is not None else len(items)
-      item = items.setdefault(key, Item(entry.media, entry.kind, []))
-      if item.kind != entry.kind:
-        before = f"in line {item.entries[0].line} as {item.kind}"
-        reason = f"{entry.media} is annotated as {entry.kind} here, {before}"
-        errors.append(_error(self._annotations.name, entry.line, 1, reason))
-      else:
-        item.entries.append(entry)
-    if not items:
-      raise PrepareError(
-        f"{self._annotations}: none of the {len(errors)} entries is usable; the first, line "
-        f"{errors[0]['line']}: {errors[0]['reason']}"
-      )
-    return list(items.values()), errors
 
   def _settings(self) -> dict[str, Any]:
     """All that decides the bytes of the shards."""
     config = dataclasses.asdict(self._config)
-    for name in ("workers", "on_error", "timeout"):
+    for name in ("workers", "on_error", "timeout", "follow_links"):
       del config[name]
     with self._annotations.open("rb") as file:
       digest = hashlib.file_digest(file, "sha256").hexdigest()
-    named = {"annotations": f"sha256:{digest}", "videos": str(self._root)}
+    named = {"annotations": f"sha256:{digest}", "videos": self._describe_media()}
     return {**named, **config, "shards": self._num_shards}
+
+  def _describe_media(self) -> str:
+    return ", ".join(map(str, self._media.roots))
 
   def _make_shards(self, folder: OutputFolder) -> tuple[list[Shard], int]:
     shards = {i: folder.finished(i) for i in range(self._num_shards)}
@@ -170,7 +157,7 @@ class _Run:
     if pending:
       folder.unpublish()
       jobs = [item for i in pending for item in self._items_of(i)]
-      function = functools.partial(make, self._root, self._config)
+      function = functools.partial(make, self._config)
       count = min(self._config.workers or len(os.sched_getaffinity(0)), len(jobs))
       with Workers(function, count, self._config.timeout) as workers:
         outcomes = workers.map(jobs)
@@ -202,8 +189,9 @@ class _Run:
 
   def _describe_failure(self, item: Item, failure: Failure) -> dict[str, Any]:
     first = item.entries[0]
-    reason = failure.reason.removeprefix(f"{item.path(self._root)}: ")
-    return _error(item.media or first.id, first.line, len(item.entries), reason)
+    name = item.medium.name if item.medium else ""
+    reason = failure.reason.removeprefix(f"{name}: ")
+    return error_entry(item.media or first.id, first.line, len(item.entries), reason)
 
   def _check_errors(self) -> None:
     budget = self._config.error_budget()
@@ -228,13 +216,9 @@ class _Run:
     if any(shard.conversations for shard in shards):
       return
     raise PrepareError(
-      f"none of the {len(self._items)} videos could be prepared from {self._root}; the first: "
-      f"{self._describe_first()}"
+      f"none of the {len(self._items)} videos could be prepared from {self._describe_media()}; the "
+      f"first: {self._describe_first()}"
     )
-
-
-def _error(file: str, line: int, conversations: int, reason: str) -> dict[str, Any]:
-  return {"file": file, "line": line, "conversations": conversations, "reason": reason}
 
 
 def _cpu_seconds() -> float:

@@ -30,6 +30,8 @@ class PrepareConfig:
     on_error: "skip" goes past broken videos, "fail" stops at the first, "budget=1%" stops when
       more than that share is broken.
     timeout: seconds that one video may take.
+    dedup: files of equal content become one record with the conversations of all.
+    follow_links: links in the media folders may lead out of them.
   """
 
   num_frames: int = 32
@@ -42,6 +44,8 @@ class PrepareConfig:
   workers: int | None = None
   on_error: str = "skip"
   timeout: float = 300.0
+  dedup: bool = False
+  follow_links: bool = False
 
   def __post_init__(self):
     choices = {"sampler": ("uniform", "fps"), "policy": ("siglip", "clip")}

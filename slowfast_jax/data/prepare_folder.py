@@ -52,20 +52,18 @@ class OutputFolder:
 
   Args:
     path: is made if it is not there.
-    settings: all that decides the content of the shards.
-    num_shards: how many there will be.
 
   Raises:
-    PrepareError: the folder holds something else, records of other settings, or is in use.
+    PrepareError: the folder holds something else, or is in use.
   """
 
-  def __init__(self, path: str | os.PathLike, settings: Mapping[str, Any], num_shards: int):
+  def __init__(self, path: str | os.PathLike):
     if "://" in os.fspath(path):
       raise PrepareError(f"{path}: shards are written to a local folder; upload it when it is done")
     self.path = pathlib.Path(path)
-    self.num_shards = num_shards
-    self._settings = dict(settings)
+    self.num_shards = 0
     self._state = self.path / ".prepare"
+    self.scratch = self._state / "scratch"
 
   def __enter__(self) -> "OutputFolder":
     if self.path.exists() and not self.path.is_dir():
@@ -83,19 +81,24 @@ class OutputFolder:
       raise PrepareError(
         f"{self.path}: another `slowfast prepare` is writing here; wait for it or end it"
       ) from None
-    try:
-      self._adopt_settings()
-    except BaseException:
-      self._lock.close()
-      raise
     return self
 
   def __exit__(self, *_) -> None:
     self._lock.close()
 
-  def _adopt_settings(self) -> None:
+  def adopt(self, settings: Mapping[str, Any], num_shards: int) -> None:
+    """Says what this run makes, before it makes anything.
+
+    Args:
+      settings: all that decides the content of the shards.
+      num_shards: how many there will be.
+
+    Raises:
+      PrepareError: the folder holds records of other settings.
+    """
+    self.num_shards = num_shards
     file = self._state / "settings.json"
-    settings = json.loads(json.dumps(self._settings))
+    settings = json.loads(json.dumps(settings))
     if file.exists():
       before = json.loads(file.read_text())
       changed = [name for name in {**settings, **before} if before.get(name) != settings.get(name)]
@@ -146,6 +149,10 @@ class OutputFolder:
       # The description comes last: its presence means that the folder is complete.
       for name in (records.INDEX_FILE, records.FEATURES_FILE, records.INFO_FILE):
         os.replace(os.path.join(beside, name), self.path / name)
+
+  def clean(self) -> None:
+    """Removes what only the work needed."""
+    shutil.rmtree(self.scratch, ignore_errors=True)
 
   def unpublish(self) -> None:
     """Until `publish`, readers are told that the folder is not complete."""

@@ -2,7 +2,6 @@
 """One annotated video, still image or text to its record: the part of `prepare` that workers do."""
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import simplejpeg
 from PIL import Image
 
 from slowfast_jax.data.annotations import Annotation
+from slowfast_jax.data.media import Medium
 from slowfast_jax.data.prepare_config import PrepareConfig
 from slowfast_jax.data.preprocess import CLIP_MEAN, preprocess
 from slowfast_jax.data.records import Record, encode_record
@@ -20,14 +20,21 @@ _SIGLIP_MEAN = (0.5, 0.5, 0.5)
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """All that is annotated about one media file, or one conversation without any."""
+  """All that is annotated about one media file, or one conversation without any.
+
+  Attributes:
+    media: the annotated path; None for text.
+    kind: "video", "image" or "text".
+    entries: the annotations.
+    medium: where the media lie; None for text.
+    duplicates: other annotated paths that hold the same bytes; their entries are here too.
+  """
 
   media: str | None
   kind: str
   entries: list[Annotation]
-
-  def path(self, root: pathlib.Path) -> pathlib.Path:
-    return root / (self.media or "")
+  medium: Medium | None = None
+  duplicates: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +46,17 @@ class Made:
   lost_frames: int
 
 
-def make(root: pathlib.Path, config: PrepareConfig, item: Item) -> Made:
+def make(config: PrepareConfig, item: Item) -> Made:
   """Reads one item's media and makes its record. Runs in a worker."""
-  record = _MAKERS[item.kind](root, config, item)
+  record = _MAKERS[item.kind](config, item)
   lost = record.metadata.get("decode_errors", 0)
   return Made(encode_record(record), len(record.frames), lost)
 
 
-def _video_record(root: pathlib.Path, config: PrepareConfig, item: Item) -> Record:
+def _video_record(config: PrepareConfig, item: Item) -> Record:
+  assert item.medium is not None
   frames = read_frames(
-    item.path(root),
+    item.medium.open(),
     config.num_frames,
     sampler=config.sampler,
     target_fps=config.target_fps,
@@ -68,8 +76,9 @@ def _video_record(root: pathlib.Path, config: PrepareConfig, item: Item) -> Reco
   )
 
 
-def _image_record(root: pathlib.Path, config: PrepareConfig, item: Item) -> Record:
-  with Image.open(item.path(root)) as opened:
+def _image_record(config: PrepareConfig, item: Item) -> Record:
+  assert item.medium is not None
+  with Image.open(item.medium.open()) as opened:
     image = np.array(opened.convert("RGB"))
   height, width, _ = image.shape
   mean = CLIP_MEAN if config.policy == "clip" else _SIGLIP_MEAN
@@ -77,7 +86,7 @@ def _image_record(root: pathlib.Path, config: PrepareConfig, item: Item) -> Reco
   return _still_record([_jpeg(square, config)], height, width, item)
 
 
-def _text_record(root: pathlib.Path, config: PrepareConfig, item: Item) -> Record:
+def _text_record(config: PrepareConfig, item: Item) -> Record:
   return _still_record([], 0, 0, item)
 
 
@@ -101,6 +110,8 @@ def _still_record(frames: list[bytes], height: int, width: int, item: Item) -> R
 def _annotated(item: Item, about: dict[str, Any]) -> dict[str, Any]:
   """The fields of a record that come from the annotations."""
   entries = [{"id": entry.id, **entry.extra} for entry in item.entries]
+  if item.duplicates:
+    about = {**about, "duplicates": list(item.duplicates)}
   return {
     "id": item.entries[0].id,
     "source": item.media or "",

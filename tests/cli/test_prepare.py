@@ -44,6 +44,15 @@ def test_it_prepares_and_says_what_it_did(clips, capsys):
   assert "1 shards were already done." in capsys.readouterr().out
 
 
+def test_a_plan_writes_nothing(clips, capsys):
+  folder, arguments = clips
+  assert main([*arguments, "--plan"]) == 0
+  shown = capsys.readouterr().out
+  assert "2 videos, 0 images, 0 texts; 2 conversations" in shown
+  assert "1 of 2 items that were tried cannot be prepared" in shown
+  assert not (folder / "out").exists()
+
+
 def test_errors_have_no_traceback(clips, capsys):
   folder, arguments = clips
   assert main([*arguments, "--on-error=fail"]) == 1
@@ -59,7 +68,7 @@ def test_errors_have_no_traceback(clips, capsys):
 
 def test_every_setting_has_its_flag(clips, monkeypatch):
   _, arguments = clips
-  changed = PrepareConfig(7, "fps", 3.5, 48, "clip", 70, 5, 3, "budget=2%", 9.0)
+  changed = PrepareConfig(7, "fps", 3.5, 48, "clip", 70, 5, 3, "budget=2%", 9.0, True, True)
   seen = []
 
   def record(videos, annotations, output, config, progress):
@@ -69,7 +78,8 @@ def test_every_setting_has_its_flag(clips, monkeypatch):
   monkeypatch.setattr(verb, "prepare", record)
   values = dataclasses.asdict(changed)
   values["frames"] = values.pop("num_frames")
-  flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+  names = {name: f"--{name.replace('_', '-')}" for name in values}
+  flags = [names[n] if value is True else f"{names[n]}={value}" for n, value in values.items()]
   main([*arguments[:4], *flags])
   main(arguments[:4])
   assert seen == [changed, PrepareConfig()]

@@ -412,7 +412,7 @@ def test_wrong_settings(changes, words):
 
 
 def test_inputs_that_are_not_there(clips, tmp_path):
-  with pytest.raises(PrepareError, match="there is no such folder; give the videos' folder"):
+  with pytest.raises(PrepareError, match="there is no such folder or archive; give the"):
     prepare(tmp_path / "none", clips[1], tmp_path / "records", config())
   with pytest.raises(UserError, match=r"none\.json: cannot read annotations"):
     prepare(clips[0], tmp_path / "none.json", tmp_path / "records", config())
