@@ -132,8 +132,8 @@ CONVNEXT_PREFIXES = ("", "visual.trunk.")
 
 # Buffers that are computed, and old files store.
 _BUFFERS = (r"(.*\.)?rotary_emb\.inv_freq", r"(.*\.)?embeddings\.position_ids")
-_VIT_UNUSED = (r"vision_model\.post_layernorm\..*", r"vision_model\.head\..*")
-_VIT_LAYER = re.compile(r"vision_model\.encoder\.layers\.(\d+)\..*")
+_VIT_UNUSED = (r"(vision_model\.)?post_layernorm\..*", r"(vision_model\.)?head\..*")
+_VIT_LAYER = re.compile(r"(?:vision_model\.)?encoder\.layers\.(\d+)\..*")
 # The other half of a CLIP or SigLIP file, in transformers' names and open_clip's.
 _TEXT_SIDE = (
   r"text_model\..*", r"logit_(scale|bias)", r"(text|visual)_projection\.weight",
@@ -194,7 +194,15 @@ def vision_slots(
   cfg: SlowFastConfig, shapes: Mapping[str, tuple[int, ...]], prefix: str
 ) -> list[Slot]:
   """The tensors of the vision encoder in a file of its own."""
-  return _existing(_vision_rows(cfg.vision, prefix), shapes)
+  slots = _existing(_vision_rows(cfg.vision, prefix), shapes)
+  # transformers 5 saves a SigLIP or CLIP encoder without what stood before its names.
+  inner = f"{prefix}vision_model."
+  return [
+    dataclasses.replace(slot, also=slot.source.removeprefix(inner))
+    if slot.source.startswith(inner)
+    else slot
+    for slot in slots
+  ]
 
 
 def is_unused(name: str, vision: VisionConfig, vision_prefix: str, *, alone: bool = False) -> bool:
