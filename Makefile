@@ -18,7 +18,7 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/slowfast demo --workdir runs/demo
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-dev
@@ -45,3 +45,8 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/pip
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	@touch $(VENV)/.installed $@
+
+# With PyTorch, which some tests compare with; no test is left out for want of it.
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet -e ".[dev,parity]"
+	@touch $(VENV)/.installed $(VENV)/.installed-dev $@
