@@ -1,11 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public function of slow cross-attention: checks the call, then picks an implementation."""
 
+import functools
+from collections.abc import Callable
+
 from jaxtyping import Array, Float, Int
 
+from slowfast_jax.kernels.cross_attention.blocks import target_platform
+from slowfast_jax.kernels.cross_attention.pallas_tpu import cross_attention_pallas_tpu
 from slowfast_jax.kernels.cross_attention.reference import cross_attention_reference
 
-IMPLEMENTATIONS = {"xla": cross_attention_reference}
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
+  "pallas_tpu": cross_attention_pallas_tpu,
+  "pallas_tpu_interpret": functools.partial(cross_attention_pallas_tpu, interpret=True),
+  "xla": cross_attention_reference,
+}
+# The best of a platform; "xla" elsewhere.
+BEST = {"tpu": "pallas_tpu"}
 
 
 def cross_attention(
@@ -30,7 +41,8 @@ def cross_attention(
     q_segments: packing id of each query, 0 = padding. Given together with `kv_segments`.
     kv_segments: packing id of each key; a query sees keys of its own segment only.
     scale: factor on the logits, 1 / sqrt(H) where absent.
-    implementation: "xla", or None for the best of the platform. All agree.
+    implementation: one of IMPLEMENTATIONS, or None for the best of the platform that is compiled
+      for. All agree. "pallas_tpu_interpret" runs the TPU kernel slowly anywhere, for tests.
     return_lse: also return the log-sum-exp of each query's logits.
 
   Returns:
@@ -41,7 +53,7 @@ def cross_attention(
     ValueError: shapes that do not belong together, or an unknown implementation.
   """
   _check(q, k, v, kv_lengths, q_segments, kv_segments)
-  name = implementation or "xla"
+  name = implementation or BEST.get(target_platform(), "xla")
   if name not in IMPLEMENTATIONS:
     raise ValueError(
       f"Unknown implementation {name!r} of cross_attention; choose from {sorted(IMPLEMENTATIONS)}."

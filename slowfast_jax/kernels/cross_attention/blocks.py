@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block sizes of the TPU kernels, by chip generation and shape.
+
+The figures in the table come from the compiler's own schedule (`slowfast bench kernel --static`),
+not from measured times.
+"""
+
+import dataclasses
+
+import jax
+
+MIB = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardBlocks:
+  """Sizes of the forward kernel.
+
+  Attributes:
+    key_block: keys in a block, a multiple of 128.
+    chunk: rows whose scores against a key block are one tile, a multiple of 128.
+    row_block: rows that stay in VMEM while the keys pass; K and V leave HBM once per row block.
+    strip: keys of a tile that are consumed and refilled at a time.
+    vmem_limit: bytes that the compiler may use.
+  """
+
+  key_block: int
+  chunk: int
+  row_block: int
+  strip: int
+  vmem_limit: int
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardBlocks:
+  """Sizes of the backward kernel.
+
+  Attributes:
+    key_block: keys in a block, a multiple of 128; their dk and dv are written once.
+    chunk: rows whose scores against a key block are one tile, a multiple of 128.
+    row_block: rows of a call; all stay in VMEM. More rows take several calls.
+    strip: keys of a tile that are computed at a time.
+    vmem_limit: bytes that the compiler may use.
+  """
+
+  key_block: int
+  chunk: int
+  row_block: int
+  strip: int
+  vmem_limit: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """Sizes of both kernels."""
+
+  forward: ForwardBlocks
+  backward: BackwardBlocks
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chip:
+  """What the table says of a chip: the VMEM of a core to use, and the largest sizes."""
+
+  vmem: int
+  key_block: int
+  chunk: int
+  strip: int
+  backward_key_block: int
+  backward_chunk: int
+  backward_strip: int
+
+
+CHIPS = {
+  "v4": _Chip(15 * MIB, 1024, 512, 512, 1024, 512, 512),
+  "v5e": _Chip(96 * MIB, 4096, 512, 512, 2048, 512, 512),
+  "v5p": _Chip(56 * MIB, 2048, 512, 512, 2048, 512, 512),
+  "v6e": _Chip(96 * MIB, 4096, 512, 512, 2048, 512, 512),
+}
+# A chip that the table does not know gets sizes that fit everywhere.
+SMALLEST = CHIPS["v4"]
+NAMES = {
+  "TPU v4": "v4",
+  "TPU v5 lite": "v5e",
+  "TPU v5e": "v5e",
+  "TPU v5": "v5p",
+  "TPU v5p": "v5p",
+  "TPU v6 lite": "v6e",
+  "TPU v6e": "v6e",
+}
+ROW_BLOCK = 4096
+
+
+def target_device_kind() -> str:
+  """The kind of device that is compiled for: that of the mesh in force, else the default one.
+
+  A mesh of a described topology makes this right where a program is compiled ahead of time.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.device_kind if device else jax.devices()[0].device_kind
+
+
+def target_platform() -> str:
+  """The platform that is compiled for: "tpu", "gpu" or "cpu"."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
+
+
+def round_up(x: int, step: int) -> int:
+  """The next multiple of `step`."""
+  return -(-x // step) * step
+
+
+def choose(rows: int, keys: int, width: int, itemsize: int) -> Blocks:
+  """Sizes of the kernels on the chip that is compiled for.
+
+  Args:
+    rows: folded query rows of a block of heads.
+    keys: keys, S.
+    width: lanes of a block of heads.
+    itemsize: bytes of an element of K and V.
+  """
+  chip = CHIPS.get(NAMES.get(target_device_kind(), ""), SMALLEST)
+  sizes = (chip, rows, keys, width, itemsize)
+  return Blocks(_forward(*sizes), _backward(*sizes))
+
+
+def _rows(rows: int, chunk: int, row_block: int) -> tuple[int, int]:
+  """Chunk and row block: the largest chunk that divides the rows rounded up to 128."""
+  rows = round_up(rows, 128)
+  while rows % chunk:
+    chunk -= 128
+  blocks = -(-rows // row_block)
+  return chunk, round_up(-(-rows // blocks), chunk)
+
+
+def _keys(keys: int, largest: int) -> int:
+  """Key block of at most `largest` keys such that little of the last one is left over."""
+  return round_up(-(-keys // -(-keys // largest)), 128)
+
+
+def _forward(chip: _Chip, rows: int, keys: int, width: int, itemsize: int) -> ForwardBlocks:
+  chunk, row_block = _rows(rows, chip.chunk, ROW_BLOCK)
+  largest = chip.key_block
+  while largest > 256 and _forward_bytes(largest, row_block, width, itemsize) > chip.vmem * 0.8:
+    if largest > 512 or row_block <= chunk:
+      largest //= 2
+    else:
+      row_block = round_up(row_block // 2, chunk)
+  return ForwardBlocks(_keys(keys, largest), chunk, row_block, chip.strip, chip.vmem)
+
+
+def _forward_bytes(key_block, row_block, width, itemsize):
+  streamed = 2 * width * itemsize * (2 * row_block + 2 * key_block)
+  return streamed + 4 * row_block * (width + key_block + 32)
+
+
+def _backward(chip: _Chip, rows: int, keys: int, width: int, itemsize: int) -> BackwardBlocks:
+  largest_rows = ROW_BLOCK
+  while _backward_bytes(chip.backward_key_block, largest_rows, width, itemsize) > chip.vmem * 0.6:
+    largest_rows //= 2
+  chunk, row_block = _rows(rows, chip.backward_chunk, largest_rows)
+  key_block = _keys(keys, chip.backward_key_block)
+  return BackwardBlocks(key_block, chunk, row_block, chip.backward_strip, chip.vmem)
+
+
+def _backward_bytes(key_block, row_block, width, itemsize):
+  streamed = 2 * width * (row_block * (2 * itemsize + 4) + 4 * key_block * itemsize)
+  return streamed + 4 * width * (row_block + 2 * key_block)
