@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from slowfast_jax.checkpoints.store import flatten
+from slowfast_jax.checkpoints.trees import flatten
 from slowfast_jax.models.slowfast import graphdef_of
 from slowfast_jax.train.losses import next_token_loss
 from tests.models import oracle
