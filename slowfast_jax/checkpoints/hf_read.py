@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import einops
 import numpy as np
 
+from slowfast_jax.checkpoints.layout import contiguous
 from slowfast_jax.checkpoints.parts import PART_BYTES, Cut, Piece
 from slowfast_jax.checkpoints.safetensors_files import DTYPES, SafetensorsFiles
 from slowfast_jax.checkpoints.tables import Slot
@@ -67,19 +68,19 @@ class Tensors:
         for cut in cuts_of(param, itemsize):
           stop = None if cut.axis is None else cut.start + cut.size
           array = self.read(slots[0], cut.start, stop)
-          yield Piece(param, np.ascontiguousarray(array), cut.axis, cut.start)
+          yield Piece(param, contiguous(array), cut.axis, cut.start)
       elif len(set(dtypes[param])) == 1 and cuts_of(param, itemsize)[0].axis is None:
         yield Piece(param, self._stack(slots))
       else:
         for i, slot in enumerate(slots):
-          yield Piece(param, np.ascontiguousarray(self.read(slot))[None], 0, i)
+          yield Piece(param, contiguous(self.read(slot))[None], 0, i)
 
   def _stack(self, slots: Sequence[Slot]) -> np.ndarray:
     first = self.read(slots[0])
     stack = np.empty((len(slots), *first.shape), first.dtype)
-    stack[0] = first
+    stack[0] = contiguous(first)
     for i, slot in enumerate(slots[1:], 1):
-      stack[i] = self.read(slot)
+      stack[i] = contiguous(self.read(slot))
     return stack
 
 

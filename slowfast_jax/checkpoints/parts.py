@@ -22,7 +22,7 @@ from slowfast_jax.checkpoints.trees import check_names, first_line, stored_array
 from slowfast_jax.errors import UserError
 
 # Orbax takes up to three times this while it writes.
-PART_BYTES = 128 << 20
+PART_BYTES = 64 << 20
 
 _PIECE = re.compile(r"(?P<name>.+)@(?P<axis>\d+):(?P<start>\d+)")
 

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from slowfast_jax.checkpoints.layout import contiguous
 from slowfast_jax.errors import UserError
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -289,7 +290,7 @@ class SafetensorsWriter:
 
   def write(self, name: str, array: np.ndarray, start: int = 0) -> None:
     """Rows of a tensor from `start` on; they have its dtype."""
-    self._write(name, array.shape, start, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    self._write(name, array.shape, start, contiguous(array).reshape(-1).view(np.uint8))
 
   def write_raw(self, name: str, tensor: RawTensor) -> None:
     self._write(name, tensor.shape, 0, np.frombuffer(tensor.data, np.uint8))

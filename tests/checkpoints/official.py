@@ -134,58 +134,63 @@ def random_tensors(described: dict[str, tuple[int, ...]], dtype: str = "float32"
 
 def shapes(config: dict[str, Any], tower: str) -> dict[str, tuple[int, ...]]:
   """Every tensor of the released layout, with those that are not run."""
-  width = config["mm_hidden_size"]
+  projector = config["mm_projector_type"], config["mm_hidden_size"], config["hidden_size"]
   return (
     decoder_shapes(config)
     | hybrid_shapes(config)
-    | projector_shapes(config["mm_projector_type"], width)
+    | projector_shapes(*projector)
     | {TOWER + name: shape for name, shape in tower_shapes(tower).items()}
   )
 
 
 def decoder_shapes(config: dict[str, Any], bias: bool = True, norms: bool = False):
-  found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
-  for i in range(L):
+  width, mlp, words = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
+  head = config["head_dim"]
+  heads, kv_heads = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+  found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (words, width)}
+  for i in range(config["num_hidden_layers"]):
     p = f"model.layers.{i}."
-    for name, rows in (("q", N * H), ("k", K * H), ("v", K * H)):
-      found[f"{p}self_attn.{name}_proj.weight"] = (rows, D)
+    for name, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+      found[f"{p}self_attn.{name}_proj.weight"] = (rows, width)
       if bias:
         found[f"{p}self_attn.{name}_proj.bias"] = (rows,)
-    found[f"{p}self_attn.o_proj.weight"] = (D, N * H)
+    found[f"{p}self_attn.o_proj.weight"] = (width, heads)
     if norms:
-      found |= {f"{p}self_attn.{name}_norm.weight": (H,) for name in "qk"}
-    found |= {f"{p}mlp.{name}_proj.weight": (M, D) for name in ("gate", "up")}
-    found[f"{p}mlp.down_proj.weight"] = (D, M)
-    found |= {f"{p}{name}_layernorm.weight": (D,) for name in ("input", "post_attention")}
-  found["model.norm.weight"] = (D,)
+      found |= {f"{p}self_attn.{name}_norm.weight": (head,) for name in "qk"}
+    found |= {f"{p}mlp.{name}_proj.weight": (mlp, width) for name in ("gate", "up")}
+    found[f"{p}mlp.down_proj.weight"] = (width, mlp)
+    found |= {f"{p}{name}_layernorm.weight": (width,) for name in ("input", "post_attention")}
+  found["model.norm.weight"] = (width,)
   if not config["tie_word_embeddings"]:
-    found["lm_head.weight"] = (V, D)
+    found["lm_head.weight"] = (words, width)
   return found
 
 
 def hybrid_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
   if config.get("cross_attn_every_n_layers") is None:
     return {}
+  width, head, layers = (config[key] for key in ("hidden_size", "head_dim", "num_hidden_layers"))
+  slow = 2 * config["num_key_value_heads"] * head
   first, last = config["cross_attn_min_layer_depth"], config["cross_attn_max_layer_depth"]
   found: dict[str, tuple[int, ...]] = {}
-  for i in range(first, min(last, L), config["cross_attn_every_n_layers"]):
+  for i in range(first, min(last, layers), config["cross_attn_every_n_layers"]):
     p = f"model.layers.{i}.self_attn.cross_attn_"
-    found[f"{p}kv_proj.weight"] = (2 * K * H, D)
-    found[f"{p}kv_proj.bias"] = (2 * K * H,)
-    found[f"{p}gate_proj.0.weight"] = (1, N * H)
+    found[f"{p}kv_proj.weight"] = (slow, width)
+    found[f"{p}kv_proj.bias"] = (slow,)
+    found[f"{p}gate_proj.0.weight"] = (1, config["num_attention_heads"] * head)
     found[f"{p}gate_proj.0.bias"] = (1,)
     if config["cross_attn_gating_type"].endswith("-warmup"):
       found[f"{p}warm_up_gate"] = (1,)
   return found
 
 
-def projector_shapes(kind: str, width: int) -> dict[str, tuple[int, ...]]:
+def projector_shapes(kind: str, source: int, target: int) -> dict[str, tuple[int, ...]]:
   if kind == "linear":
-    return {"model.mm_projector.weight": (D, width), "model.mm_projector.bias": (D,)}
+    return {"model.mm_projector.weight": (target, source), "model.mm_projector.bias": (target,)}
   found: dict[str, tuple[int, ...]] = {}
   for i in range(int(kind[3])):
-    found[f"model.mm_projector.{2 * i}.weight"] = (D, width if i == 0 else D)
-    found[f"model.mm_projector.{2 * i}.bias"] = (D,)
+    found[f"model.mm_projector.{2 * i}.weight"] = (target, source if i == 0 else target)
+    found[f"model.mm_projector.{2 * i}.bias"] = (target,)
   return found
 
 
