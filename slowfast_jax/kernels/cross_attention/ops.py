@@ -7,13 +7,15 @@ from collections.abc import Callable
 from jaxtyping import Array, Float, Int
 
 from slowfast_jax.kernels.cross_attention.blocks import target_platform
+from slowfast_jax.kernels.cross_attention.cudnn import cross_attention_cudnn
 from slowfast_jax.kernels.cross_attention.pallas_tpu import cross_attention_pallas_tpu
-from slowfast_jax.kernels.cross_attention.reference import cross_attention_reference
+from slowfast_jax.kernels.cross_attention.xla import cross_attention_xla
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
   "pallas_tpu": cross_attention_pallas_tpu,
   "pallas_tpu_interpret": functools.partial(cross_attention_pallas_tpu, interpret=True),
-  "xla": cross_attention_reference,
+  "xla": cross_attention_xla,
+  "cudnn": cross_attention_cudnn,
 }
 # The best of a platform; "xla" elsewhere.
 BEST = {"tpu": "pallas_tpu"}
@@ -52,17 +54,38 @@ def cross_attention(
   Raises:
     ValueError: shapes that do not belong together, or an unknown implementation.
   """
-  _check(q, k, v, kv_lengths, q_segments, kv_segments)
-  name = implementation or BEST.get(target_platform(), "xla")
+  check_call(q, k, v, kv_lengths, q_segments, kv_segments)
+  attend = IMPLEMENTATIONS[implementation_of(implementation)]
+  out, lse = attend(q, k, v, kv_lengths, q_segments, kv_segments, scale=scale)
+  return (out, lse) if return_lse else out
+
+
+def implementation_of(name: str | None) -> str:
+  """The implementation of this name; of none, the best of the platform that is compiled for.
+
+  Raises:
+    ValueError: there is no such implementation.
+  """
+  name = name or BEST.get(target_platform(), "xla")
   if name not in IMPLEMENTATIONS:
     raise ValueError(
       f"Unknown implementation {name!r} of cross_attention; choose from {sorted(IMPLEMENTATIONS)}."
     )
-  out, lse = IMPLEMENTATIONS[name](q, k, v, kv_lengths, q_segments, kv_segments, scale=scale)
-  return (out, lse) if return_lse else out
+  return name
 
 
-def _check(q, k, v, kv_lengths, q_segments, kv_segments):
+def check_call(
+  q: Array,
+  k: Array,
+  v: Array,
+  kv_lengths: Array | None,
+  q_segments: Array | None,
+  kv_segments: Array | None,
+) -> None:
+  """
+  Raises:
+    ValueError: shapes that do not belong together.
+  """
   if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
     raise ValueError(
       "cross_attention takes q [B, T, N, H] and k, v [B, S, K, H], "
