@@ -45,10 +45,9 @@ def cross_attention_pallas_tpu(
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   if 0 in (*q.shape, *k.shape):
     return jnp.zeros_like(q), jnp.full(q.shape[:3], -jnp.inf)
-  if blocks is None:
-    fold = Fold.of(q.shape, k.shape)
-    blocks = block_table.choose(fold.rows, fold.keys, fold.width, dtype.itemsize)
-  out, lse = _attention(*(x.astype(dtype) for x in (q, k, v)), masks, scale, interpret, blocks)
+  arrays = tuple(x.astype(dtype) for x in (q, k, v))
+  blocks = _blocks(*arrays[:2]) if blocks is None else blocks
+  out, lse = _attention(*arrays, masks, scale, interpret, blocks)
   return out.astype(q.dtype), lse
 
 
@@ -153,3 +152,37 @@ def _backward_by_row_block(step, per_row, keys, num_blocks):
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+
+
+def forward_part(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  masks: tuple,
+  scale: float,
+  interpret: bool = False,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+  """Output and log-sum-exp over some of the keys that a query reads; q, k, v of one dtype."""
+  return _attention_forward(q, k, v, masks, scale, interpret, _blocks(q, k))[0]
+
+
+def backward_part(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  masks: tuple,
+  out: Float[Array, "B T N H"],
+  lse: Float[Array, "B T N"],
+  d_out: Float[Array, "B T N H"],
+  d_lse: Float[Array, "B T N"],
+  scale: float,
+  interpret: bool = False,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+  """dq, dk, dv of some of the keys, given the output and log-sum-exp over all of them."""
+  saved = (q, k, v, masks, out, lse)
+  return _attention_backward(scale, interpret, _blocks(q, k), saved, (d_out, d_lse))[:3]
+
+
+def _blocks(q, k):
+  fold = Fold.of(q.shape, k.shape)
+  return block_table.choose(fold.rows, fold.keys, fold.width, q.dtype.itemsize)
