@@ -46,6 +46,7 @@ PACKAGES = {
   "orbax-checkpoint": "orbax.checkpoint",
   "pillow": "PIL.Image",
   "protobuf": "google.protobuf",
+  "pyarrow": "pyarrow.parquet",
   "rich": "rich",
   "safetensors": "safetensors.numpy",
   "simplejpeg": "simplejpeg",

@@ -15,6 +15,7 @@ from slowfast_jax.errors import UserError
 from slowfast_jax.files import replace_json, replace_text
 
 PREDICTIONS, RUN, RESULTS = "predictions.jsonl", "run.json", "results.json"
+SUBMISSION = "submission.json"
 
 
 class PredictionsFile:
@@ -24,17 +25,24 @@ class PredictionsFile:
     folder: made if it is not there.
     run: what the predictions depend on, JSON values.
     retry_errors: forget the lines that have an error, so that they are asked again.
+    names: of the two files; a judge's verdicts are kept in the same way.
 
   Raises:
     UserError: the folder holds predictions of another run, or lines that are none.
   """
 
-  def __init__(self, folder: Path, run: Mapping[str, Any], retry_errors: bool = False):
+  def __init__(
+    self,
+    folder: Path,
+    run: Mapping[str, Any],
+    retry_errors: bool = False,
+    names: tuple[str, str] = (PREDICTIONS, RUN),
+  ):
     folder.mkdir(parents=True, exist_ok=True)
-    self._path = folder / PREDICTIONS
+    self._path = folder / names[0]
     if self._path.exists():
-      _check_run(folder, run)
-    replace_json(folder / RUN, run)
+      _check_run(folder, run, names)
+    replace_json(folder / names[1], run)
     self.done = {line["id"]: line for line in self._read()}
     if retry_errors and any(line["error"] for line in self.done.values()):
       self.done = {i: line for i, line in self.done.items() if not line["error"]}
@@ -64,32 +72,39 @@ class PredictionsFile:
     if len(whole) < len(content):
       with self._path.open("r+b") as file:
         file.truncate(len(whole))
-    lines = []
-    for number, text in enumerate(whole.splitlines(), start=1):
-      try:
-        line = json.loads(text)
-        lines.append({**line, "id": line["id"], "error": line["error"]})
-      except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-          f"{self._path}:{number}: not a prediction; repair or delete the line."
-        ) from error
-    return lines
+    return parse_lines(whole, self._path)
 
 
-def _check_run(folder: Path, run: Mapping[str, Any]) -> None:
-  path = folder / RUN
+def parse_lines(content: bytes, path: Path) -> list[dict[str, Any]]:
+  """The lines of a file of predictions.
+
+  Raises:
+    UserError: one is no prediction; the message names it.
+  """
+  lines = []
+  for number, text in enumerate(content.splitlines(), start=1):
+    try:
+      line = json.loads(text)
+      lines.append({**line, "id": line["id"], "error": line["error"]})
+    except (ValueError, KeyError, TypeError) as error:
+      raise UserError(f"{path}:{number}: not a prediction; repair or delete the line.") from error
+  return lines
+
+
+def _check_run(folder: Path, run: Mapping[str, Any], names: tuple[str, str]) -> None:
+  path = folder / names[1]
   try:
     before = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
     raise UserError(
-      f"{path}: not readable, so nothing says what {PREDICTIONS} was made with: {error}; use "
+      f"{path}: not readable, so nothing says what {names[0]} was made with: {error}; use "
       "another --workdir."
     ) from error
-  names = [name for name in {**before, **run} if before.get(name) != run.get(name)]
-  if names:
-    changes = ", ".join(f"{n} was {before.get(n)!r} and is {run.get(n)!r}" for n in names)
+  changed = [name for name in {**before, **run} if before.get(name) != run.get(name)]
+  if changed:
+    changes = ", ".join(f"{n} was {before.get(n)!r} and is {run.get(n)!r}" for n in changed)
     raise UserError(
-      f"{folder} holds the predictions of another run: {changes}. Use another --workdir."
+      f"{folder} holds the {names[0]} of another run: {changes}. Use another --workdir."
     )
 
 

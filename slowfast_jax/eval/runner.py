@@ -21,8 +21,10 @@ from absl import logging
 from slowfast_jax.checkpoints.export import Export
 from slowfast_jax.checkpoints.open import load_checkpoint
 from slowfast_jax.errors import UserError
-from slowfast_jax.eval.results import RESULTS, PredictionsFile
+from slowfast_jax.eval.pictures import read_picture_folder
+from slowfast_jax.eval.results import RESULTS, SUBMISSION, PredictionsFile
 from slowfast_jax.eval.tasks import Doc, Prediction, Task, get_task
+from slowfast_jax.eval.tasks.media import find_video
 from slowfast_jax.files import replace_json
 from slowfast_jax.generate.engine import Engine, VideoSession
 from slowfast_jax.generate.video import ModelFrames, read_video
@@ -52,7 +54,8 @@ def evaluate(
   Args:
     config: see configs/eval_jsonl.py.
     checkpoint: an export.
-    workdir: gets predictions.jsonl and results.json; the same call again resumes.
+    workdir: gets predictions.jsonl, results.json and, where the benchmark has a server,
+      submission.json; the same call again resumes.
     progress: is told how many questions are done.
 
   Returns:
@@ -61,13 +64,12 @@ def evaluate(
   Raises:
     UserError: the questions, the checkpoint or the folder cannot be used, or no video can be read.
   """
-  task = get_task(config.task, config.prompt_set or None)
-  docs = task.docs(config.questions)
-  if not Path(config.videos).is_dir():
-    raise UserError(f"videos = {config.videos!r}: there is no such folder.")
+  task, docs = read_questions(config)
+  if not _videos(config).is_dir():
+    raise UserError(f"videos = {str(_videos(config))!r}: there is no such folder.")
   folder = Path(workdir)
   questions = [_Question(task.doc_id(doc), doc, task.video(doc)) for doc in docs]
-  run = _describe(config, task, questions, checkpoint)
+  run = _describe(config, task, docs, checkpoint)
   report = progress or (lambda done, total, errors: None)
   with PredictionsFile(folder, run, config.retry_errors) as predictions:
     todo = _by_video(questions, predictions.done)
@@ -76,23 +78,40 @@ def evaluate(
       _Asker(config, checkpoint, task, predictions).ask(
         todo, lambda: _tell(report, predictions, len(questions))
       )
-  results = {task.name: summarize(task, docs, predictions.done)}
+  found = join(task, docs, predictions.done)
+  results = {task.name: summarize(task, found)}
+  if (submission := task.submission(found)) is not None:
+    replace_json(folder / SUBMISSION, submission)
   replace_json(folder / RESULTS, results)
   return results
 
 
-def summarize(
+def read_questions(config: ml_collections.ConfigDict) -> tuple[Task, list[Doc]]:
+  """The task of an evaluation and its questions."""
+  task = get_task(config.task, config.prompt_set or None)
+  return task, task.docs(config.questions, str(_videos(config)))
+
+
+def hash_questions(task: Task, docs: Sequence[Doc]) -> str:
+  """Tells apart what is asked, to the byte."""
+  content = [[task.doc_id(doc), task.video(doc), task.prompt(doc)] for doc in docs]
+  return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def join(
   task: Task, docs: Sequence[Doc], lines: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
+) -> list[Prediction]:
+  """What became of every question."""
+  found = ((doc, lines[task.doc_id(doc)]) for doc in docs)
+  return [Prediction(doc, line["reply"], line["answer"], line["error"]) for doc, line in found]
+
+
+def summarize(task: Task, found: Sequence[Prediction]) -> dict[str, Any]:
   """The task's metrics and what has to stand beside them."""
-  found = []
-  for doc in docs:
-    line = lines[task.doc_id(doc)]
-    found.append(Prediction(doc, line["reply"], line["answer"], line["error"]))
   errors = [prediction for prediction in found if prediction.error]
   if len(errors) == len(found):
     raise UserError(f"None of the {len(found)} questions could be asked: {errors[0].error}")
-  unparsed = sum(not prediction.answer for prediction in found) - len(errors)
+  unparsed = sum(not p.error and not task.is_parsed(p.doc, p.answer) for p in found)
   counts = {"n": len(found), "unparsed": unparsed, "errors": len(errors)}
   return {**task.aggregate(found), **counts, "prompt_set": task.prompt_set}
 
@@ -119,7 +138,7 @@ class _Asker:
     for video, frames in self._frames(list(by_video)):
       if isinstance(frames, str):
         logging.warning("%s", frames)
-        self._predictions.append(_line(q, error=frames) for q in by_video[video])
+        self._predictions.append(_line(self._task, q, error=frames) for q in by_video[video])
         tell()
         continue
       if frames.lost:
@@ -141,7 +160,7 @@ class _Asker:
       ahead: deque[tuple[str, Future]] = deque()
       try:
         for video in videos:
-          ahead.append((video, pool.submit(_read, Path(config.videos, video), self._export)))
+          ahead.append((video, pool.submit(_read, _videos(config) / video, self._export)))
           # One more than threads, so that none of them ever waits for the device.
           if len(ahead) > config.read_threads:
             name, future = ahead.popleft()
@@ -160,8 +179,7 @@ class _Asker:
       decode_cross_attention=self._config.decode_cross_attention,
     )
     self._predictions.append(
-      _line(question, reply, self._task.parse(question.doc, reply.strip()))
-      for (question, _), reply in zip(batch, replies)
+      _line(self._task, question, reply) for (question, _), reply in zip(batch, replies)
     )
 
 
@@ -174,19 +192,36 @@ def _by_video(questions: Sequence[_Question], done: Container[str]) -> dict[str,
   return {video: group for video, group in left.items() if group}
 
 
+def _videos(config: ml_collections.ConfigDict) -> Path:
+  """Releases have their videos in the folder of their questions."""
+  return Path(config.videos or config.questions)
+
+
 def _read(path: Path, export: Export) -> ModelFrames | str:
+  found = find_video(path)
   try:
-    return read_video(path, export)
+    return (read_picture_folder if found.is_dir() else read_video)(found, export)
   except UserError as error:
     return str(error)
   except Exception as error:  # One strange file must not end an evaluation of hours.
     return f"{path}: {type(error).__name__}: {error}"
 
 
-def _line(question: _Question, reply: str = "", answer: str = "", error: str = "") -> dict:
-  gold = {"gold": question.doc["answer"]} if "answer" in question.doc else {}
-  words = {"reply": reply, "answer": answer, **gold, "error": error}
-  return {"id": question.id, "video": question.video, **words}
+def _line(task: Task, question: _Question, reply: str = "", error: str = "") -> dict[str, Any]:
+  """A line of predictions.jsonl: how the reply is read, and whether that is right, both ways."""
+  doc = question.doc
+  answer, strict = ("", "") if error else (task.parse(doc, reply), task.parse_strict(doc, reply))
+  return {
+    "id": question.id,
+    "video": question.video,
+    "reply": reply,
+    "answer": answer,
+    "strict": strict,
+    "gold": task.gold(doc),
+    "right": not error and task.is_right(doc, answer),
+    "strict_right": bool(strict) and task.is_right(doc, strict),
+    "error": error,
+  }
 
 
 def _tell(report: Progress, predictions: PredictionsFile, total: int) -> None:
@@ -197,16 +232,15 @@ def _tell(report: Progress, predictions: PredictionsFile, total: int) -> None:
 def _describe(
   config: ml_collections.ConfigDict,
   task: Task,
-  questions: Sequence[_Question],
+  docs: Sequence[Doc],
   checkpoint: str | os.PathLike,
 ) -> dict[str, Any]:
   """All that an answer depends on."""
-  content = [[question.id, question.video, task.prompt(question.doc)] for question in questions]
   names = ("max_new_tokens", "zero_slow", "decode_cross_attention", "dtype")
   return {
     "task": task.name,
     "prompt_set": task.prompt_set,
-    "questions": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16],
+    "questions": hash_questions(task, docs),
     "checkpoint": _fingerprint(Path(checkpoint)),
     **{name: config[name] for name in names},
   }

@@ -8,12 +8,12 @@ the group that it is also scored in; whatever else a line has is kept.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from slowfast_jax.errors import UserError
+from slowfast_jax.eval.tasks.choices import parse_choice
 from slowfast_jax.eval.tasks.prompts import LETTERS, choose_from_prompt, multiple_choice_prompt
 from slowfast_jax.eval.tasks.task import Doc, Prediction
 
@@ -31,7 +31,7 @@ class JsonlTask:
       raise UserError(f"Task jsonl has the prompt sets {tuple(PROMPT_SETS)}, got {prompt_set!r}.")
     self.prompt_set = prompt_set
 
-  def docs(self, questions: str) -> list[Doc]:
+  def docs(self, questions: str, videos: str = "") -> list[Doc]:
     """Reads and checks the whole file.
 
     Raises:
@@ -68,6 +68,22 @@ class JsonlTask:
     """The letter that a reply starts with, or that of the one option which it names."""
     return parse_choice(reply, doc["options"])
 
+  def parse_strict(self, doc: Doc, reply: str) -> str:
+    """The same: this task's own reader has no faults to reproduce."""
+    return self.parse(doc, reply)
+
+  def is_parsed(self, doc: Doc, answer: str) -> bool:
+    return bool(answer)
+
+  def gold(self, doc: Doc) -> str:
+    return doc["answer"]
+
+  def is_right(self, doc: Doc, answer: str) -> bool:
+    return answer == doc["answer"]
+
+  def submission(self, predictions: Sequence[Prediction]) -> None:
+    """There is no server to send answers to."""
+
   def aggregate(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Shares of right answers, 0 to 1, of all questions and by kind."""
     right = [p.answer == p.doc["answer"] for p in predictions]
@@ -80,36 +96,6 @@ class JsonlTask:
       }
     metrics["chance"] = sum(1 / len(p.doc["options"]) for p in predictions) / len(predictions)
     return metrics
-
-
-def parse_choice(reply: str, options: Sequence[str]) -> str:
-  """The letter of the option that a reply chooses, or "" where that is not clear.
-
-  In this order: the reply is a letter, is an option's text, starts with a letter and a mark, or
-  names just one option.
-  """
-  reply = reply.strip()
-  letters = LETTERS[: len(options)]
-  words = [_words(option) for option in options]
-  # "A cup" may begin with an article: a letter stands alone or has a mark behind it.
-  start = re.match(r"\W*([A-Za-z])(?:[).:,*]|\s*$|\s*\n)", reply)
-  letter = start[1].upper() if start and start[1].upper() in letters else ""
-  if letter and len(_words(reply)) == 1:
-    return letter
-  if _words(reply) and words.count(_words(reply)) == 1:
-    return letters[words.index(_words(reply))]
-  return letter or _only_named(_words(reply), words, letters)
-
-
-def _only_named(reply: str, options: Sequence[str], letters: str) -> str:
-  named = [o for o in options if o and f" {o} " in f" {reply} "]
-  # "red" is also in a reply that names "dark red".
-  named = [o for o in named if not any(o != other and o in other for other in named)]
-  return letters[options.index(named[0])] if len(named) == 1 else ""
-
-
-def _words(text: str) -> str:
-  return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def _mean(right: Sequence[bool]) -> float:

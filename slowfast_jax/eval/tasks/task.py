@@ -27,13 +27,17 @@ class Prediction:
 
 
 class Task(Protocol):
-  """A benchmark. Tasks hold no data: `docs` reads it from where the user has it."""
+  """A benchmark. Tasks hold no data: `docs` reads it from where the user has it.
+
+  Replies are read twice: as the tool of the prompt set reads them, faults included, so that its
+  numbers come out; and strictly, without guesses or letters out of other words.
+  """
 
   name: str
   prompt_set: str
 
-  def docs(self, questions: str) -> list[Doc]:
-    """Reads the questions, in order."""
+  def docs(self, questions: str, videos: str = "") -> list[Doc]:
+    """Reads the questions, in order; `videos` is the folder of videos."""
 
   def doc_id(self, doc: Doc) -> str:
     """Identifies the question in this task, the same in every run."""
@@ -47,5 +51,20 @@ class Task(Protocol):
   def parse(self, doc: Doc, reply: str) -> str:
     """The answer read from a reply, or "" where nothing parses."""
 
+  def parse_strict(self, doc: Doc, reply: str) -> str:
+    """The answer that a reply clearly gives, or ""."""
+
+  def is_parsed(self, doc: Doc, answer: str) -> bool:
+    """Whether the answer is one that the question allows."""
+
+  def gold(self, doc: Doc) -> str:
+    """The right answer, or "" where the release keeps it secret."""
+
+  def is_right(self, doc: Doc, answer: str) -> bool:
+    """Whether the tool takes this answer for right; where it guesses for "", so does this."""
+
   def aggregate(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
     """The task's metrics; questions with an error count as wrong."""
+
+  def submission(self, predictions: Sequence[Prediction]) -> Any | None:
+    """The JSON value that the benchmark's server takes; None where there is no server."""
