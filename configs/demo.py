@@ -40,11 +40,14 @@ def get_config(stage: str = "slow_fast") -> ml_collections.ConfigDict:
 
   c.data = ml_collections.ConfigDict()
   c.data.records = "runs/demo/stills/records" if stills else "runs/demo/records"
+  c.data.mixture = ""  # A file of records folders and their weights, instead of data.records.
   c.data.tokenizer = "runs/demo/tokenizer"
   c.data.batch_size = 32 if stills else 16
   c.data.num_frames = 1 if stills else 32
   c.data.text_bound = 56 if stills else 132
   c.data.decoder_length = c.data.text_bound + (1 if stills else 4)  # And 1 fast token a frame.
+  c.data.pack = False  # Several short samples in a row.
+  c.data.buckets = ()  # Smaller shapes: (num_frames, decoder_length, text_bound, batch_size).
   c.data.targets = "assistant"
   c.data.read_threads = 2
 

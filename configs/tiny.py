@@ -31,11 +31,14 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.data = ml_collections.ConfigDict()
   c.data.records = ""
+  c.data.mixture = ""
   c.data.tokenizer = ""
   c.data.batch_size = 8
   c.data.num_frames = 4
   c.data.decoder_length = 64
   c.data.text_bound = 56
+  c.data.pack = False
+  c.data.buckets = ()
   c.data.targets = "assistant"
   c.data.read_threads = 2
 

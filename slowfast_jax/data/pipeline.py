@@ -2,7 +2,8 @@
 """The training input: records to batches with Grain; batch n is a function of (seed, n) alone.
 
 Nothing has to be saved to resume: the step says which samples come next, on any number of
-processes. Each process decodes and builds only its own rows of the global batch.
+processes. Each process decodes and builds only its own rows of the global batch. Several sources
+are mixed by weight, short samples share rows, and steps may have one of several shapes.
 """
 
 import atexit
@@ -18,11 +19,16 @@ from absl import logging
 from jaxtyping import Int
 
 from slowfast_jax.data.chat import SYSTEM_PROMPT, encode_chat
+from slowfast_jax.data.mixture import SampleOrder
+from slowfast_jax.data.needs import TextSource, count_lengths
 from slowfast_jax.data.packing import Geometry, Sample, build_row, collate, empty_row
 from slowfast_jax.data.records import Record, decode_frames
+from slowfast_jax.data.rows import Bucket, Rows, Schedule, plan_rows, single_rows
 from slowfast_jax.data.tokenizer import Tokenizer
 from slowfast_jax.errors import UserError
 from slowfast_jax.shapes import Batch
+
+__all__ = ["Bucket", "Failure", "SampleOrder", "Source", "TrainPipeline"]
 
 # So many bad samples in a row are no accident: the records do not fit the configuration.
 FAILURES_IN_A_ROW = 32
@@ -39,14 +45,15 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-  """A sample that could not be used; its row of the batch is padding.
+  """A sample that could not be used; its place in the batch is padding.
 
   Attributes:
-    position: of the sample in the endless stream, from 0 at step 0.
+    position: of its row in the endless stream, from 0 at step 0; of its bucket, if there are some.
     record: number of the record in its source.
     conversation: number of the conversation in the record.
     id: of the record; empty where it could not even be read.
     reason: the error's message.
+    source: path of the records, if there are several.
   """
 
   position: int
@@ -54,52 +61,56 @@ class Failure:
   conversation: int
   id: str
   reason: str
+  source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleOrder:
-  """The endless stream of samples: every epoch is a new permutation of the conversations."""
+class _Loaded:
+  """A sample, or the failure that it is; of a sample, what its failure would be called."""
 
-  num_samples: int
-  seed: int
-
-  def __getitem__(self, position: int) -> int:
-    epoch, i = divmod(position, self.num_samples)
-    # Hashed, not added: else epoch 1 of seed 0 would be epoch 0 of seed 1.
-    epoch_seed = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0])
-    return grain.experimental.index_shuffle(
-      i, max_index=self.num_samples - 1, seed=epoch_seed, rounds=4
-    )
+  failure: Failure
+  sample: Sample | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class _LocalPositions:
-  """Grain's source: positions in the stream that this process builds, from a step on."""
+class _Row:
+  """A row, and for each of its samples None or the failure; no batch, where a step has fewer."""
 
-  batch_size: int
-  rows: range
+  batch: Batch | None
+  failures: list[Failure | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _LocalRows:
+  """Grain's source: (step, row) of what this process builds, from a step on.
+
+  Every step has as many elements as the bucket with the most rows needs.
+  """
+
+  rows_per_step: int
   start_step: int
 
   def __len__(self) -> int:
     return 2**62
 
-  def __getitem__(self, i: int) -> int:
-    step, row = divmod(int(i), len(self.rows))
-    return (self.start_step + step) * self.batch_size + self.rows[row]
+  def __getitem__(self, i: int) -> tuple[int, int]:
+    step, row = divmod(int(i), self.rows_per_step)
+    return self.start_step + step, row
 
 
 class TrainPipeline:
-  """Batches of single samples, each with its video.
+  """Batches of samples, each with its video.
 
   Attributes:
-    num_samples: samples of an epoch, one for each conversation of the source.
-    num_failures: samples so far, in the batches handed out, whose row is padding.
+    num_samples: conversations of all sources.
+    num_failures: samples so far, in the batches handed out, that could not be used.
     failures: the first hundred of them.
+    schedule: what every step holds.
   """
 
   def __init__(
     self,
-    source: Source,
+    source: Source | Sequence[Source],
     tokenizer: Tokenizer,
     geometry: Geometry,
     batch_size: int,
@@ -109,11 +120,14 @@ class TrainPipeline:
     read_threads: int = 2,
     system: str = SYSTEM_PROMPT,
     targets: str = "assistant",
+    weights: Sequence[float] | None = None,
+    pack: bool = False,
+    buckets: Sequence[Bucket] = (),
   ):
-    """Prepares to read; nothing is opened yet.
+    """Prepares to read. Packing and buckets count the tokens of all samples first.
 
     Args:
-      source: records and the (record, conversation) pairs of an epoch.
+      source: records and the (record, conversation) pairs of an epoch; or several such.
       tokenizer: a ChatML tokenizer.
       geometry: static shapes of a row.
       batch_size: rows of the global batch, of all processes together.
@@ -123,25 +137,43 @@ class TrainPipeline:
       read_threads: threads that read and decode; 0 reads when a batch is asked for.
       system: system prompt of conversations that bring none.
       targets: which tokens are learned, see `encode_chat`.
+      weights: how often the samples of each source come, relative to each other's; None = by the
+        sizes of the sources.
+      pack: put several short samples in a row.
+      buckets: smaller shapes, for the samples that fit them whole; the first that fits is taken.
+        Each step has the shape of one bucket, which follows from its number alone.
     """
-    if batch_size < 1 or batch_size % process_count:
-      raise UserError(
-        f"batch_size must be a positive multiple of the number of processes ({process_count}), "
-        f"got {batch_size}."
-      )
+    self._buckets = [*buckets, Bucket(geometry, batch_size)]
+    for bucket in self._buckets:
+      if bucket.batch_size < 1 or bucket.batch_size % process_count:
+        raise UserError(
+          f"batch_size must be a positive multiple of the number of processes ({process_count}), "
+          f"got {bucket.batch_size}."
+        )
     if seed < 0:
       raise UserError(f"seed must not be negative, got {seed}.")
-    if len(source.index) == 0:
-      raise UserError("The records hold no conversation to train on.")
-    self.num_samples = len(source.index)
+    self._sources = list(source) if isinstance(source, Sequence) else [source]
+    if weights is None:
+      weights = [float(len(source.index)) for source in self._sources]
+    if len(weights) != len(self._sources):
+      raise UserError(f"There are {len(self._sources)} sources and {len(weights)} weights.")
+    self.num_samples = sum(len(source.index) for source in self._sources)
     self.num_failures = 0
     self.failures: list[Failure] = []
-    self._source, self._tokenizer, self._geometry = source, tokenizer, geometry
-    self._batch_size, self._read_threads = batch_size, read_threads
+    self._tokenizer, self._read_threads = tokenizer, read_threads
     self._system, self._targets = system, targets
-    self._order = SampleOrder(self.num_samples, seed)
-    local = batch_size // process_count
-    self._rows = range(process_index * local, (process_index + 1) * local)
+    self._process_index, self._process_count = process_index, process_count
+    rows = [self._plan(source, pack, seed) for source in self._sources]
+    batch_sizes = [bucket.batch_size for bucket in self._buckets]
+    self.schedule = Schedule(rows, weights, batch_sizes, seed)
+
+  def _plan(self, source: Source, pack: bool, seed: int) -> list[Rows]:
+    if not pack and len(self._buckets) == 1:
+      return [single_rows(len(source.index))]
+    if not isinstance(source, TextSource):
+      raise UserError(f"{source} cannot tell its texts, which packing and buckets need.")
+    lengths = count_lengths(source, self._tokenizer, self._system)
+    return plan_rows(lengths, [bucket.geometry for bucket in self._buckets], pack, seed)
 
   def iterate(self, start_step: int = 0) -> Iterator[Batch]:
     """This process's rows of every batch from `start_step` on, without end.
@@ -163,30 +195,68 @@ class TrainPipeline:
         yield batch
 
   def _dataset(self, start_step: int) -> grain.IterDataset:
-    rows = len(self._rows)
+    rows = max(self._local_rows(bucket) for bucket in self.schedule.used)
     # Grain's default buffers 500 elements: gigabytes of frames.
     buffered = max(rows, 2 * self._read_threads)
     options = grain.ReadOptions(num_threads=self._read_threads, prefetch_buffer_size=buffered)
-    positions = _LocalPositions(self._batch_size, self._rows, start_step)
-    dataset = grain.MapDataset.source(positions).map(self._load).to_iter_dataset(options)
+    dataset = grain.MapDataset.source(_LocalRows(rows, start_step)).map(self._load)
+    dataset = dataset.to_iter_dataset(options)
     dataset = dataset.batch(rows, drop_remainder=True, batch_fn=_collate)
     if self._read_threads == 0:
       return dataset
     # Collating copies every frame: one batch ahead, away from the thread that trains.
     return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
 
-  def _load(self, position: int) -> tuple[Batch, Failure | None]:
-    """The row of a sample. Never raises: Grain would lose its place in the stream."""
-    record_index, conversation = map(int, self._source.index[self._order[position]])
-    record_id = ""
+  def _local_rows(self, bucket: int) -> int:
+    return self._buckets[bucket].batch_size // self._process_count
+
+  def _load(self, where: tuple[int, int]) -> _Row:
+    """A row of a step. Never raises: Grain would lose its place."""
+    step, row = where
+    place = self.schedule.place(step)
+    local = self._local_rows(place.bucket)
+    if row >= local:
+      return _Row(None, [])  # Not None: Grain would leave it out.
+    row += self._process_index * local
+    position = place.ordinal * self._buckets[place.bucket].batch_size + row
+    source, numbers = self.schedule.row(place.bucket, position)
+    loaded = [self._load_sample(position, source, number) for number in numbers]
+    return self._build(loaded, self._buckets[place.bucket].geometry)
+
+  def _load_sample(self, position: int, source: int, number: int) -> _Loaded:
+    record_index, conversation = map(int, self._sources[source].index[number])
+    path = str(getattr(self._sources[source], "path", "")) if len(self._sources) > 1 else ""
+    failure = Failure(position, record_index, conversation, "", "", path)
     try:
-      record = self._source[record_index]
-      record_id = record.id
-      return build_row([self._sample(record, conversation)], self._geometry), None
+      record = self._sources[source][record_index]
+      failure = dataclasses.replace(failure, id=record.id)
+      return _Loaded(failure, self._sample(record, conversation))
     except Exception as error:
-      reason = f"{type(error).__name__}: {error}"
-      failure = Failure(position, record_index, conversation, record_id, reason)
-      return empty_row(self._geometry), failure
+      return _Loaded(dataclasses.replace(failure, reason=_reason(error)))
+
+  def _build(self, loaded: Sequence[_Loaded], geometry: Geometry) -> _Row:
+    """The row of all samples that can be used."""
+    try:
+      samples = [one.sample for one in loaded if one.sample is not None]
+      row = build_row(samples, geometry) if samples else empty_row(geometry)
+      return _Row(row, [None if one.sample else one.failure for one in loaded])
+    except Exception as error:
+      if len(samples) == 1:
+        failed: list[Failure | None] = [
+          dataclasses.replace(one.failure, reason=_reason(error)) if one.sample else one.failure
+          for one in loaded
+        ]
+        return _Row(empty_row(geometry), failed)
+    # One spoils all: find out which, each alone in a row.
+    alone = [self._build([one], geometry).failures[0] if one.sample else None for one in loaded]
+    judged = [one if failure is None else _Loaded(failure) for one, failure in zip(loaded, alone)]
+    if not any(alone):  # They fit one by one, not together: their texts are not what was counted.
+      reason = "its row overflows, for the records' texts have changed; prepare them again"
+      judged = [
+        _Loaded(dataclasses.replace(one.failure, reason=reason)) if one.sample else one
+        for one in loaded
+      ]
+    return self._build(judged, geometry)
 
   def _sample(self, record: Record, conversation: int) -> Sample:
     turns = record.conversations[conversation]
@@ -203,6 +273,8 @@ class TrainPipeline:
     self.num_failures += 1
     self._failed_in_a_row += 1
     name = f"record {failure.record} ({failure.id or 'unreadable'})"
+    if failure.source:
+      name += f" of {failure.source}"
     if len(self.failures) < 100:
       self.failures.append(failure)
       logging.warning(
@@ -215,11 +287,13 @@ class TrainPipeline:
       )
 
 
-def _collate(
-  elements: Sequence[tuple[Batch, Failure | None]],
-) -> tuple[Batch, list[Failure | None]]:
-  rows, failures = zip(*elements)
-  return collate(rows), list(failures)
+def _reason(error: Exception) -> str:
+  return f"{type(error).__name__}: {error}"
+
+
+def _collate(rows: Sequence[_Row]) -> tuple[Batch, list[Failure | None]]:
+  failures = [failure for row in rows for failure in row.failures]
+  return collate([row.batch for row in rows if row.batch is not None]), failures
 
 
 def _close(batches: weakref.ref) -> None:

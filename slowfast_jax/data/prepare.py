@@ -179,7 +179,7 @@ class _Run:
           self._errors.append(error)
           self._check_errors()
         else:
-          writer.write(outcome.data, len(item.entries), outcome.frames, outcome.lost_frames)
+          writer.write(outcome, len(item.entries))
         done += 1
         self._progress(done, len(self._items), len(self._errors))
 

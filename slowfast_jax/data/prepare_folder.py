@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The output folder of `slowfast prepare`: shards appear whole or not at all, and work resumes.
 
-Beside the shards lies `.prepare/`: the settings that the folder was started with, and one small
-file for each finished shard with what it holds. A shard counts as finished when that file is there
-and the shard has the size it names, so a run that is killed anywhere loses one shard at most.
+Beside the shards lies `.prepare/`: the settings that the folder was started with, and for each
+finished shard its texts and one small file with what it holds. A shard counts as finished when
+these are there and the shard has the size named, so a run that is killed anywhere loses one shard
+at most.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from array_record.python import array_record_module
 
 from slowfast_jax.data import records
 from slowfast_jax.data.prepare_config import PrepareError
+from slowfast_jax.data.prepare_record import Made
 from slowfast_jax.files import replace_json, replace_text
 
 # How the command line calls the fields that it does not call by their name.
@@ -121,7 +123,7 @@ class OutputFolder:
     return any(json.loads(state.read_text())["conversations"] for state in states)
 
   def _forget(self) -> None:
-    for file in [*self.path.glob(records.SHARD_PREFIX + "*"), *self._state.glob("*.json")]:
+    for file in [*self.path.glob(records.SHARD_PREFIX + "*"), *self._state.glob("*.json*")]:
       file.unlink()
 
   def finished(self, shard: int) -> Shard | None:
@@ -129,12 +131,13 @@ class OutputFolder:
     try:
       found = Shard(**json.loads(self._state_file(shard).read_text()))
       size = self._shard_file(shard).stat().st_size
+      self._texts_file(shard).stat()
     except FileNotFoundError:
       return None
     return found if size == found.file_bytes else None
 
   def begin(self, shard: int) -> "ShardWriter":
-    return ShardWriter(self._state / "shard.tmp", self._shard_file(shard), self._state_file(shard))
+    return ShardWriter(self._shard_file(shard), self._texts_file(shard), self._state_file(shard))
 
   def publish(self, shards: list[Shard]) -> None:
     """Makes the finished shards a records folder, if they are not one yet."""
@@ -146,8 +149,13 @@ class OutputFolder:
     with tempfile.TemporaryDirectory(dir=self._state) as beside:
       pathlib.Path(beside, records.shard_name(0, self.num_shards)).touch()  # TFDS looks for shards.
       records.write_dataset_info(beside, lengths, sum(shard.num_bytes for shard in shards), index)
+      with pathlib.Path(beside, records.TEXTS_FILE).open("wb") as texts:
+        for shard in range(self.num_shards):
+          with self._texts_file(shard).open("rb") as part:
+            shutil.copyfileobj(part, texts)
+      names = (records.INDEX_FILE, records.TEXTS_FILE, records.FEATURES_FILE, records.INFO_FILE)
       # The description comes last: its presence means that the folder is complete.
-      for name in (records.INDEX_FILE, records.FEATURES_FILE, records.INFO_FILE):
+      for name in names:
         os.replace(os.path.join(beside, name), self.path / name)
 
   def clean(self) -> None:
@@ -165,6 +173,9 @@ class OutputFolder:
   def _shard_file(self, shard: int) -> pathlib.Path:
     return self.path / records.shard_name(shard, self.num_shards)
 
+  def _texts_file(self, shard: int) -> pathlib.Path:
+    return self._state / f"texts-{shard:05d}.jsonl"
+
   def _state_file(self, shard: int) -> pathlib.Path:
     return self._state / f"shard-{shard:05d}.json"
 
@@ -172,8 +183,10 @@ class OutputFolder:
 class ShardWriter:
   """Writes one shard beside its place, and moves it there when the `with` block has ended well."""
 
-  def __init__(self, temporary: pathlib.Path, file: pathlib.Path, state_file: pathlib.Path):
-    self._temporary, self._file, self._state_file = temporary, file, state_file
+  def __init__(self, file: pathlib.Path, texts_file: pathlib.Path, state_file: pathlib.Path):
+    self._file, self._texts_file, self._state_file = file, texts_file, state_file
+    self._temporary = state_file.with_name("shard.tmp")
+    self._temporary_texts = state_file.with_name("texts.tmp")
     self._conversations: list[int] = []
     self._frames = self._lost_frames = self._bytes = 0
     self.errors: list[dict[str, Any]] = []
@@ -184,33 +197,41 @@ class ShardWriter:
     self._writer = array_record_module.ArrayRecordWriter(
       str(self._temporary), records.WRITER_OPTIONS
     )
+    self._texts = self._temporary_texts.open("w", encoding="utf-8")
     return self
 
-  def write(self, data: bytes, conversations: int, frames: int, lost_frames: int) -> None:
+  def write(self, made: Made, conversations: int) -> None:
     try:
-      self._writer.write(data)
-    except RuntimeError as error:
+      self._writer.write(made.data)
+      self._texts.write(made.text)
+    except (RuntimeError, OSError) as error:
       raise self._unwritable(error) from error
     self._conversations.append(conversations)
-    self._frames += frames
-    self._lost_frames += lost_frames
-    self._bytes += len(data)
+    self._frames += made.frames
+    self._lost_frames += made.lost_frames
+    self._bytes += len(made.data)
 
   def __exit__(self, exception_type, *_) -> None:
     try:
       self._writer.close()
-    except RuntimeError as error:
-      self._temporary.unlink(missing_ok=True)
+      self._texts.close()
+    except (RuntimeError, OSError) as error:
+      self._discard()
       if exception_type is None:
         raise self._unwritable(error) from error
     if exception_type is not None:
-      self._temporary.unlink(missing_ok=True)
+      self._discard()
       return
     size = self._temporary.stat().st_size
+    os.replace(self._temporary_texts, self._texts_file)
     os.replace(self._temporary, self._file)
     counts = (self._frames, self._lost_frames, self._bytes, size)
     shard = Shard(self._conversations, *counts, self.errors)
     replace_json(self._state_file, dataclasses.asdict(shard))
+
+  def _discard(self) -> None:
+    self._temporary.unlink(missing_ok=True)
+    self._temporary_texts.unlink(missing_ok=True)
 
   def _unwritable(self, error: Exception) -> PrepareError:
     free = shutil.disk_usage(self._file.parent).free / 2**20

@@ -12,7 +12,7 @@ from slowfast_jax.data.annotations import Annotation
 from slowfast_jax.data.media import Medium
 from slowfast_jax.data.prepare_config import PrepareConfig
 from slowfast_jax.data.preprocess import CLIP_MEAN, preprocess
-from slowfast_jax.data.records import Record, encode_record
+from slowfast_jax.data.records import Record, encode_record, encode_text, text_of
 from slowfast_jax.data.video import read_frames
 
 _SIGLIP_MEAN = (0.5, 0.5, 0.5)
@@ -42,6 +42,7 @@ class Made:
   """A serialised record, on its way from a worker."""
 
   data: bytes
+  text: str
   frames: int
   lost_frames: int
 
@@ -50,7 +51,7 @@ def make(config: PrepareConfig, item: Item) -> Made:
   """Reads one item's media and makes its record. Runs in a worker."""
   record = _MAKERS[item.kind](config, item)
   lost = record.metadata.get("decode_errors", 0)
-  return Made(encode_record(record), len(record.frames), lost)
+  return Made(encode_record(record), encode_text(text_of(record)), len(record.frames), lost)
 
 
 def _video_record(config: PrepareConfig, item: Item) -> Record:

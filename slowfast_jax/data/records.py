@@ -3,14 +3,15 @@
 
 A records folder is an ordinary TFDS data set of ArrayRecord shards, so `tfds` and Grain read it
 too. Frames are stored as JPEG, once, however many conversations a video has; `index.npy` lists the
-(record, conversation) pairs that an epoch goes through.
+(record, conversation) pairs that an epoch goes through, and `texts.jsonl` repeats all but the
+frames, for what would otherwise read terabytes to count words.
 """
 
 import dataclasses
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from slowfast_jax.errors import UserError
 
 DATASET, SPLIT, VERSION = "slowfast", "train", "1.0.0"
 INDEX_FILE, FEATURES_FILE, INFO_FILE = "index.npy", "features.json", "dataset_info.json"
+TEXTS_FILE = "texts.jsonl"
 SHARD_PREFIX = f"{DATASET}-{SPLIT}.array_record-"
 # group_size 1: a read touches one record only. Uncompressed: JPEG does not shrink any further.
 WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -108,6 +110,34 @@ def features():
       "metadata": text,
     }
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordText:
+  """What can be known of a record without its frames.
+
+  Attributes:
+    kind: "video", "image" or "text".
+    frames: how many it has.
+    duration: of the video, in seconds.
+    conversations: as in `Record`.
+  """
+
+  kind: str
+  frames: int
+  duration: float
+  conversations: list[list[dict[str, str]]]
+
+
+def text_of(record: Record) -> RecordText:
+  kind = record.metadata.get("kind", "video")
+  duration = float(np.float32(record.duration))  # As the record stores it.
+  return RecordText(kind, len(record.frames), duration, record.conversations)
+
+
+def encode_text(text: RecordText) -> str:
+  """A line of `texts.jsonl`."""
+  return _json(dataclasses.asdict(text)) + "\n"
 
 
 def encode_record(record: Record) -> bytes:
@@ -282,6 +312,18 @@ class RecordSource:
   def __repr__(self) -> str:
     return f"RecordSource({self.path!r})"
 
+  def texts(self) -> Iterator[RecordText | None]:
+    """All records without their frames, in order; None for one that cannot be read."""
+    file = epath.Path(self.path) / TEXTS_FILE
+    if file.exists():
+      yield from self._read_texts(file)
+      return
+    for i in range(len(self)):  # Records that others wrote have no such file.
+      try:
+        yield text_of(self[i])
+      except RecordsError:
+        yield None
+
   def _read_index(self, file: epath.Path) -> Int32[np.ndarray, "n 2"]:
     with file.open("rb") as opened:
       try:
@@ -294,6 +336,17 @@ class RecordSource:
         f"shape {list(index.shape)}; it belongs to other records, prepare them again"
       )
     return index
+
+  def _read_texts(self, file: epath.Path) -> Iterator[RecordText]:
+    count = 0
+    with file.open("rb") as lines:
+      for count, line in enumerate(lines, start=1):
+        try:
+          yield RecordText(**json.loads(line))
+        except (ValueError, TypeError) as error:
+          raise RecordsError(f"{file}:{count}: not readable ({error}); copy it again") from error
+    if count != len(self):
+      raise RecordsError(f"{file}: has {count} lines for {len(self)} records; copy it again")
 
   def _unreadable(self, i: int, error: Exception) -> RecordsError:
     ends = np.cumsum([length for _, length in self.shards])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to token ids and back: Qwen2-format byte-level BPE with the ChatML special tokens."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -83,6 +84,10 @@ class Tokenizer:
 
   def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
     return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+  def fingerprint(self) -> str:
+    """Tells tokenizers apart that give other ids."""
+    return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes a folder that `from_dir` and Hugging Face's AutoTokenizer both load."""

@@ -43,7 +43,7 @@ DONE, PREEMPTED = 0, 42
 # Fields that a resumed run may change. Of the data, what they are counts, not where they lie.
 MAY_CHANGE = (
   "train.steps", "train.log_every", "train.checkpoint_every", "train.keep", "train.remat",
-  "mesh.", "data.records", "data.tokenizer", "data.read_threads",
+  "mesh.", "data.records", "data.mixture", "data.tokenizer", "data.read_threads",
 )  # fmt: skip
 
 # progress(done, total, text); say(line).
@@ -121,11 +121,14 @@ def _run_steps(
   state, steps, every = begin.state, setup.config.train.steps, setup.config.train.checkpoint_every
   batches = _batches(setup, begin.step, say)
   batch = next(batches)
-  run_step = compile_step(setup, state, batch, say)
+  programs: dict[Any, Step] = {}  # One for each shape that steps have.
+  programs[_shapes(batch)] = compile_step(setup, state, batch, say)
   recorder.start()
   for step in range(begin.step + 1, steps + 1):
     num_failures = begin.num_failures + setup.pipeline.num_failures
-    state, metrics = run_step(state, batch)
+    if _shapes(batch) not in programs:
+      programs[_shapes(batch)] = compile_step(setup, state, batch, say)
+    state, metrics = programs[_shapes(batch)](state, batch)
     recorder.add(step, metrics, num_failures)  # Waits for the step before, not for this one.
     stop = preempted(step)
     if stop or step % every == 0 or step == steps:
@@ -137,6 +140,10 @@ def _run_steps(
       with recorder.waiting_for_data():
         batch = next(batches)
   return state, DONE
+
+
+def _shapes(batch: Batch) -> tuple[tuple[int, ...], ...]:
+  return tuple(leaf.shape for leaf in jax.tree.leaves(batch))
 
 
 def compile_step(setup: Setup, state: TrainState, batch: Batch, say: Say) -> Step:

@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 from slowfast_jax.checkpoints.export import Export, VideoConfig
 from slowfast_jax.checkpoints.open import load_checkpoint
 from slowfast_jax.checkpoints.trees import abstract_state, flatten, unflatten
+from slowfast_jax.data.mixture import open_mixture
 from slowfast_jax.data.packing import Geometry
-from slowfast_jax.data.pipeline import TrainPipeline
+from slowfast_jax.data.pipeline import Bucket, TrainPipeline
 from slowfast_jax.data.records import RecordSource
 from slowfast_jax.data.tokenizer import Tokenizer
 from slowfast_jax.errors import UserError
@@ -91,10 +92,13 @@ def open_setup(config: ml_collections.ConfigDict) -> Setup:
   model = model_config(c.model)
   geometry = geometry_of(model, c.data)
   tokenizer = _open_tokenizer(c, model)
-  source = RecordSource(_required(c.data.records, "data.records", "a folder of records"))
+  sources, weights = _open_records(c.data)
+  buckets = _buckets(model, c.data)
   index, count = local_rows(mesh, c.data.batch_size)
+  for bucket in buckets:
+    local_rows(mesh, bucket.batch_size)
   pipeline = TrainPipeline(
-    source,
+    sources,
     tokenizer,
     geometry,
     c.data.batch_size,
@@ -104,13 +108,18 @@ def open_setup(config: ml_collections.ConfigDict) -> Setup:
     read_threads=c.data.read_threads,
     system=c.system,
     targets=c.data.targets,
+    weights=weights,
+    pack=c.data.get("pack", False),
+    buckets=buckets,
   )
   fingerprint = {
-    "records": len(source),
-    "samples": len(source.index),
-    "bytes": source.num_bytes,
+    "records": sum(map(len, sources)),
+    "samples": pipeline.num_samples,
+    "bytes": sum(source.num_bytes for source in sources),
     "tokenizer": _digest(tokenizer),
   }
+  if weights is not None:
+    fingerprint["weights"] = weights
   setup = Setup(c, model, mesh, tokenizer, pipeline, optimizer_config(c), fingerprint)
   if not split_frozen(setup.abstract_state().params, setup.optimizer)[0]:
     raise UserError(f"optimizer.groups freezes every parameter: {setup.optimizer.groups}.")
@@ -293,6 +302,29 @@ def _open_tokenizer(c: ml_collections.ConfigDict, model: SlowFastConfig) -> Toke
       f"{tokenizer.vocab_size} ids; raise it to at least that."
     )
   return tokenizer
+
+
+def _open_records(data: Mapping[str, Any]) -> tuple[list[RecordSource], list[float] | None]:
+  """The sources of data.mixture, or data.records: one folder, or several with commas between."""
+  mixture = data.get("mixture", "")
+  if mixture and data["records"]:
+    raise UserError("data.records and data.mixture are both given; leave one of them empty.")
+  if mixture:
+    return open_mixture(mixture)
+  folders = _required(data["records"], "data.records", "a folder of records")
+  return [RecordSource(folder) for folder in folders.split(",")], None
+
+
+def _buckets(model: SlowFastConfig, data: Mapping[str, Any]) -> list[Bucket]:
+  """The further shapes of data.buckets: (num_frames, decoder_length, text_bound, batch_size)."""
+  names = ("num_frames", "decoder_length", "text_bound", "batch_size")
+  buckets = []
+  for shape in data.get("buckets", ()):
+    if len(shape) != len(names):
+      raise UserError(f"data.buckets: each must be {names}, got {tuple(shape)}.")
+    fields = dict(zip(names, shape))
+    buckets.append(Bucket(geometry_of(model, {**data, **fields}), fields["batch_size"]))
+  return buckets
 
 
 def _required(value: str, field: str, what: str) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from slowfast_jax.data import records
 from slowfast_jax.data.prepare import prepare
 from slowfast_jax.data.prepare_config import PrepareConfig, PrepareError
 from slowfast_jax.data.preprocess import preprocess
@@ -61,7 +62,7 @@ def whole(clips, tmp_path_factory):
 
 
 def shards(folder) -> dict[str, bytes]:
-  files = {*folder.glob("*.array_record-*"), folder / "index.npy"}
+  files = {*folder.glob("*.array_record-*"), folder / "index.npy", folder / "texts.jsonl"}
   return {file.name: file.read_bytes() for file in files}
 
 
@@ -97,6 +98,21 @@ def test_the_report(clips, whole):
   assert saved["seconds"] > 0 < saved["cpu_seconds"]
   assert saved["settings"]["num_frames"] == 4
   assert errors(output) == []
+
+
+def test_texts_are_known_without_reading_frames(whole, tmp_path):
+  output, _ = whole
+  expected = [records.text_of(record) for record in RecordSource(output)]
+  assert list(RecordSource(output).texts()) == expected
+  copy = shutil.copytree(output, tmp_path / "records")
+  for file in copy.glob("*.array_record-*"):
+    file.write_bytes(b"")
+  assert list(RecordSource(copy).texts()) == expected
+  (copy / "texts.jsonl").unlink()
+  assert list(RecordSource(copy).texts()) == [None] * NUM_CLIPS
+  copy = shutil.copytree(output, tmp_path / "foreign")
+  (copy / "texts.jsonl").unlink()
+  assert list(RecordSource(copy).texts()) == expected
 
 
 def test_entries_of_one_video_are_one_record(clips, tmp_path):

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each sample needs of a row, known without its frames: the ground of packing and buckets.
+
+Tokens are counted once for a tokenizer and kept beside the records, where they can be written.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int
+
+from slowfast_jax.data.chat import IMAGE_TOKEN, encode_chat
+from slowfast_jax.data.packing import Geometry
+from slowfast_jax.data.records import RecordText
+from slowfast_jax.data.tokenizer import Tokenizer
+from slowfast_jax.errors import UserError
+
+
+@runtime_checkable
+class TextSource(Protocol):
+  """What counting needs of a `RecordSource`."""
+
+  index: Int[np.ndarray, "n 2"]
+
+  def texts(self) -> Iterable[RecordText | None]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+  """Sizes of the samples of a source, in the order of its index.
+
+  Attributes:
+    text: token ids, without placeholders; 0 for a sample that cannot be encoded.
+    before: of these, before the first placeholder; all, where there is none.
+    frames: of its video or image; 0 for text.
+  """
+
+  text: Int[np.ndarray, " n"]
+  before: Int[np.ndarray, " n"]
+  frames: Int[np.ndarray, " n"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+  """What samples take of a row's bounds: decoder positions, querying positions, (fast) frames."""
+
+  positions: Int[np.ndarray, " n"]
+  queries: Int[np.ndarray, " n"]
+  frames: Int[np.ndarray, " n"]
+  fast_frames: Int[np.ndarray, " n"]
+
+  def fit(self, geometry: Geometry) -> np.ndarray:
+    """Which samples fit whole into a row of their own."""
+    return np.all(self.stacked() <= capacity(geometry), axis=1)
+
+  def stacked(self) -> Int[np.ndarray, "n 4"]:
+    return np.stack([self.positions, self.queries, self.frames, self.fast_frames], axis=1)
+
+
+def capacity(geometry: Geometry) -> Int[np.ndarray, " 4"]:
+  """A row's bounds, in the order of `Needs.stacked`."""
+  bounds = (geometry.decoder_length, geometry.text_bound, geometry.row_frames)
+  return np.array([*bounds, geometry.max_fast_frames])
+
+
+def count_lengths(source: TextSource, tokenizer: Tokenizer, system: str) -> Lengths:
+  """Encodes every conversation, or finds that this was done before."""
+  file = _cache_file(source, tokenizer, system)
+  if file is not None and file.exists():
+    with contextlib.suppress(OSError, ValueError, EOFError):
+      table = np.load(file, allow_pickle=False)
+      if table.shape == (3, len(source.index)):
+        return Lengths(*table)
+  table = _count(source, tokenizer, system)
+  if file is not None:
+    with contextlib.suppress(OSError):  # A folder that may only be read: counted every time.
+      partial = file.with_name(f"{file.name}.{os.getpid()}.partial.npy")
+      np.save(partial, table)
+      os.replace(partial, file)
+  return Lengths(*table)
+
+
+def needs_of(lengths: Lengths, geometry: Geometry) -> Needs:
+  """What samples need of rows of a geometry, without regard to whether they fit."""
+  sizes = [0, *np.unique(lengths.frames[lengths.frames > 0])]
+  place = np.searchsorted(sizes, lengths.frames)
+  used = np.array([len(geometry.used_frames(int(n))) if n else 0 for n in sizes])[place]
+  fast = np.array([len(geometry.pooling(int(n))) if n else 0 for n in sizes])[place]
+  positions = lengths.text + fast * geometry.tokens_per_frame
+  queries = {
+    "text-only": lengths.text,
+    "text-only-masksystem": lengths.text - lengths.before,
+    "all": positions,
+  }[geometry.query_set]
+  return Needs(positions, np.where(lengths.frames > 0, queries, 0), used, fast)
+
+
+def _count(source: TextSource, tokenizer: Tokenizer, system: str) -> Int[np.ndarray, "3 n"]:
+  table = np.zeros((3, len(source.index)), np.int32)
+  pairs = {(int(r), int(c)): i for i, (r, c) in enumerate(source.index)}
+  for place, counts in _counts(source, tokenizer, system):
+    if place in pairs:
+      table[:, pairs[place]] = counts
+  return table
+
+
+def _counts(
+  source: TextSource, tokenizer: Tokenizer, system: str
+) -> Iterator[tuple[tuple[int, int], tuple[int, int, int]]]:
+  for record, text in enumerate(source.texts()):
+    if text is None:
+      continue
+    for conversation, turns in enumerate(text.conversations):
+      try:
+        ids = encode_chat(tokenizer, turns, system, num_media=int(text.frames > 0)).ids
+      except UserError:
+        continue  # Left out, and told, when its turn comes.
+      count = len(ids) - (text.frames > 0)
+      before = ids.index(IMAGE_TOKEN) if text.frames else count
+      yield (record, conversation), (count, before, text.frames)
+
+
+def _cache_file(source: TextSource, tokenizer: Tokenizer, system: str) -> pathlib.Path | None:
+  folder = getattr(source, "path", "")
+  if not folder or "://" in folder:
+    return None
+  index = np.ascontiguousarray(source.index).tobytes()
+  digest = hashlib.sha256()
+  for part in (tokenizer.fingerprint().encode(), system.encode(), index):
+    digest.update(hashlib.sha256(part).digest())
+  return pathlib.Path(folder) / f"lengths-{digest.hexdigest()[:16]}.npy"
