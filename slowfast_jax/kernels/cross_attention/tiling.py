@@ -177,20 +177,20 @@ def plan_tiles(
   """
   B, S = fold.batch, fold.keys
   num_blocks = -(-S // key_block)
-  valid = jnp.full((B,), S, jnp.int32) if lengths is None else jnp.clip(lengths, 0, S)
-  valid = valid.astype(jnp.int32)
-  start = jnp.arange(num_blocks, dtype=jnp.int32) * key_block
-  left = valid[:, None] - start
-  kinds = jnp.where(left >= key_block, INTERIOR, jnp.where(left > 0, TAIL, HIDDEN))
-  kinds = jnp.broadcast_to(kinds[:, None], (B, num_chunks, num_blocks))
+  # Without masks the plan is a constant of the program: NumPy.
+  xp = np if lengths is None and row_segments is None else jnp
+  valid = xp.full((B,), S, np.int32) if lengths is None else jnp.clip(lengths, 0, S)
+  left = valid[:, None] - xp.arange(num_blocks) * key_block
+  kinds = xp.where(left >= key_block, INTERIOR, xp.where(left > 0, TAIL, HIDDEN))
+  kinds = xp.broadcast_to(kinds[:, None], (B, num_chunks, num_blocks))
   if row_segments is not None and kv_segments is not None:
     kinds = _with_segments(kinds, row_segments, kv_segments, valid, key_block)
   seen = (kinds != HIDDEN).any(axis=1)
-  front = jnp.where(seen.any(axis=1), jnp.argmax(seen, axis=1), 0)
-  back = jnp.where(seen.any(axis=1), jnp.argmax(seen[:, ::-1], axis=1), num_blocks - 1)
-  return Tiles(
-    kinds.astype(jnp.int32).reshape(-1), valid, front.astype(jnp.int32), back.astype(jnp.int32)
-  )
+  blocks = xp.arange(num_blocks)
+  front = xp.where(seen, blocks, num_blocks - 1).min(axis=1)
+  last = xp.where(seen, blocks, 0).max(axis=1)
+  plan = (kinds.reshape(-1), valid, xp.minimum(front, last), num_blocks - 1 - last)
+  return Tiles(*(jnp.asarray(x, jnp.int32) for x in plan))
 
 
 def _with_segments(kinds, row_segments, kv_segments, valid, key_block):
