@@ -130,8 +130,12 @@ OFFICIAL_VISION = "model.vision_tower.vision_tower."
 # Where a file of the encoder alone has its tensors: timm; open_clip. Transformers' names have none.
 CONVNEXT_PREFIXES = ("", "visual.trunk.")
 
-# Buffers that are computed, and old files store.
-_BUFFERS = (r"(.*\.)?rotary_emb\.inv_freq", r"(.*\.)?embeddings\.position_ids")
+# Buffers that are computed, and old files store; and a factor that only some gates have.
+_BUFFERS = (
+  r"(.*\.)?rotary_emb\.inv_freq",
+  r"(.*\.)?embeddings\.position_ids",
+  r"model\.layers\.\d+\.self_attn\.cross_attn_warm_up_gate",
+)
 _VIT_UNUSED = (r"(vision_model\.)?post_layernorm\..*", r"(vision_model\.)?head\..*")
 _VIT_LAYER = re.compile(r"(?:vision_model\.)?encoder\.layers\.(\d+)\..*")
 # The other half of a CLIP or SigLIP file, in transformers' names and open_clip's.

@@ -79,5 +79,5 @@ def run(args: argparse.Namespace) -> int:
       args.dtype,
       lambda done, total: progress(done // 10**6, total // 10**6),
     )
-  print(f"{args.folders[-1]}: {source.num_bytes / 1e9:.2f} GB of parameters")
+  print(f"{args.folders[-1]}: {source.num_bytes / 1e6:,.0f} MB of parameters")
   return 0

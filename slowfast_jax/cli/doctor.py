@@ -48,7 +48,6 @@ PACKAGES = {
   "protobuf": "google.protobuf",
   "pyarrow": "pyarrow.parquet",
   "rich": "rich",
-  "safetensors": "safetensors.numpy",
   "simplejpeg": "simplejpeg",
   "tensorflow-datasets": "tensorflow_datasets",
   "tokenizers": "tokenizers",

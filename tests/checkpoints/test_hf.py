@@ -153,6 +153,17 @@ def test_every_gate_and_projector_survives(tmp_path, gate, projector):
   assert_same_bytes(tensors_of(tmp_path / "back"), made.tensors)
 
 
+def test_a_factor_that_the_gate_does_not_have_travels_along(tmp_path):
+  made = official(cross_attn_gating_type="whole-dynamic-tanh")
+  for depth in (0, 3):
+    name = f"model.layers.{depth}.self_attn.cross_attn_warm_up_gate"
+    made.tensors[name] = np.zeros(1, np.float32)
+  export = load_hf(made.write(tmp_path / "hf"))
+  assert "adapters.warm_up" not in flatten(export.params)
+  save_hf(tmp_path / "back", export)
+  assert_same_bytes(tensors_of(tmp_path / "back"), made.tensors)
+
+
 @pytest.mark.parametrize("copied", [False, True])
 def test_tied_embeddings_with_and_without_their_copy(tmp_path, copied):
   made = official(tie_word_embeddings=True)

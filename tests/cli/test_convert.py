@@ -28,7 +28,7 @@ def test_to_orbax_and_back(tmp_path, capsys):
   made.write(tmp_path / "hf")
   assert convert(tmp_path / "hf", tmp_path / "orbax", "--to", "orbax", "--dtype", "float32") == 0
   assert convert(tmp_path / "orbax", tmp_path / "b", "--to=huggingface", "--dtype=bfloat16") == 0
-  assert "GB of parameters" in capsys.readouterr().out
+  assert "MB of parameters" in capsys.readouterr().out
   found = load_file(tmp_path / "b/model.safetensors")
   assert {name: x.tobytes() for name, x in found.items()} == {
     name: x.tobytes() for name, x in made.tensors.items()
