@@ -1,31 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`slowfast eval`: a checkpoint on a task, in a folder that resumes."""
+"""`slowfast eval`: a checkpoint on a task, in a folder that resumes; two runs compared."""
 
 import argparse
 import contextlib
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from slowfast_jax.cli.main import PREEMPTED
 from slowfast_jax.cli.progress import Progress
 from slowfast_jax.config import load_config
+from slowfast_jax.errors import UsageError
+from slowfast_jax.eval.compare import compare_runs, describe
+from slowfast_jax.eval.judge import judge
 from slowfast_jax.eval.runner import evaluate
+from slowfast_jax.eval.table import summarize
 
 HELP = "evaluate a checkpoint"
 
 EXAMPLES = """examples:
   slowfast eval --config=configs/eval_jsonl.py --config.questions=test.jsonl \\
       --config.videos=videos/ --checkpoint=runs/mine/export --workdir=runs/mine/eval
+  slowfast eval --config=configs/eval_paper.py:mlvu --config.questions=/data/mlvu \\
+      --checkpoint=CHECKPOINT --workdir=runs/mlvu
+  slowfast eval --compare runs/mlvu runs/mlvu_other
 
-Questions are one JSON object a line:
+Questions of one's own are one JSON object a line:
 
   {"video": "a.mp4", "question": "What falls?", "options": ["a cup", "a book"], "answer": "A"}
+
+Public benchmarks are read from a local copy of their release, videos unpacked; nothing is
+downloaded. configs/eval_paper.py:TASK asks as the paper did, configs/eval_upstream.py:TASK as
+lmms-eval 0.7.3 does. Tasks: videomme, videomme_w_subtitle, mlvu, mvbench, egoschema,
+egoschema_subset, longvideobench, perceptiontest, nextqa_mc, activitynetqa,
+tempcompass_{multi_choice,yes_no,caption_matching,captioning}.
 
 WORKDIR gets predictions.jsonl, a line for every question, and results.json. The same command again
 resumes where a killed run stopped; SIGTERM stops it, with exit code 42. Questions whose video
 cannot be read count as wrong, and as errors; --config.retry_errors=true asks them again.
+
+ActivityNetQA and TempCompass have replies that a language model must judge. That is a second
+command, on finished predictions, with any OpenAI-compatible endpoint (key: OPENAI_API_KEY):
+
+  slowfast eval --config=configs/eval_paper.py:activitynetqa --config.questions=/data/anetqa \\
+      --workdir=runs/anetqa --judge=http://localhost:8000/v1 --judge_model=NAME
 """
 
 ACCEPTS_OVERRIDES = True
@@ -33,19 +52,36 @@ ACCEPTS_OVERRIDES = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
-  add("--config", required=True, metavar="FILE", help="the evaluation, e.g. configs/eval_jsonl.py")
-  add("--checkpoint", required=True, metavar="DIR", help="the export of a training run")
-  add("--workdir", required=True, metavar="DIR", help="folder to write or to resume")
+  add("--config", metavar="FILE", help="the evaluation, e.g. configs/eval_jsonl.py")
+  add("--checkpoint", metavar="DIR", help="the export of a training run, or a released checkpoint")
+  add("--workdir", metavar="DIR", help="folder to write or to resume")
+  add("--judge", metavar="URL", help="have the replies in WORKDIR judged through this endpoint")
+  add("--judge_model", metavar="NAME", help="the judge's name there")
+  add("--compare", nargs=2, metavar="DIR", help="compare the runs in two such folders")
 
 
 def run(args: argparse.Namespace) -> int:
+  if args.compare:
+    first, second = map(Path, args.compare)
+    print(describe(first, second, *compare_runs(first, second)))
+    return 0
+  _check_given(args, "config", "workdir", *(["judge_model"] if args.judge else ["checkpoint"]))
   config = load_config(args.config, args.overrides)
-  with _stopped_by_sigterm(), Progress("Evaluating", "questions") as progress:
-    results = evaluate(config, args.checkpoint, args.workdir, progress)
-  for task, metrics in results.items():
-    print(_summary(task, metrics))
+  title = ("Judging", "replies") if args.judge else ("Evaluating", "questions")
+  with _stopped_by_sigterm(), Progress(*title) as progress:
+    if args.judge:
+      results = judge(config, args.workdir, args.judge, args.judge_model, progress)
+    else:
+      results = evaluate(config, args.checkpoint, args.workdir, progress)
+  for task, row in results.items():
+    print(summarize(task, row))
   print(f"{args.workdir}/results.json")
   return 0
+
+
+def _check_given(args: argparse.Namespace, *names: str) -> None:
+  if missing := [f"--{name}" for name in names if not getattr(args, name)]:
+    raise UsageError(f"the following arguments are required: {', '.join(missing)}")
 
 
 @contextlib.contextmanager
@@ -61,17 +97,3 @@ def _stopped_by_sigterm() -> Iterator[None]:
     yield
   finally:
     signal.signal(signal.SIGTERM, before)
-
-
-def _summary(task: str, metrics: dict[str, Any]) -> str:
-  lines = [f"{task} (prompts: {metrics['prompt_set']})"]
-  for name, value in metrics.items():
-    if isinstance(value, dict):
-      lines += [f"  {name} {key}: {_number(part)}" for key, part in value.items()]
-    elif name != "prompt_set":
-      lines.append(f"  {name}: {_number(value)}")
-  return "\n".join(lines)
-
-
-def _number(value: Any) -> str:
-  return f"{value:.3f}" if isinstance(value, float) else str(value)

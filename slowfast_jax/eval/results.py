@@ -15,7 +15,7 @@ from slowfast_jax.errors import UserError
 from slowfast_jax.files import replace_json, replace_text
 
 PREDICTIONS, RUN, RESULTS = "predictions.jsonl", "run.json", "results.json"
-SUBMISSION = "submission.json"
+SUBMISSION, JUDGEMENTS = "submission.json", "judgements.jsonl"
 
 
 class PredictionsFile:

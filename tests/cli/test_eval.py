@@ -39,9 +39,10 @@ def test_it_evaluates_and_says_what_came_out(arguments, tmp_path, capsys):
   shown = capsys.readouterr().out
   assert "Evaluating: 1/1 questions" in shown
   assert "jsonl (prompts: letter)\n" in shown
-  assert f"  accuracy: {results['jsonl']['accuracy']:.3f}\n" in shown
-  assert "  accuracy_by_kind object: " in shown
-  assert "  n: 1\n" in shown
+  table = [line.split() for line in shown.splitlines()]
+  assert ["accuracy", f"{results['jsonl']['accuracy']:.3f}"] in table
+  assert any(line[:2] == ["accuracy_by_kind", "object"] for line in table)
+  assert ["n", "1"] in table
   assert f"{tmp_path}/run/results.json\n" in shown
   assert main([*arguments, "--config.zero_slow=true"]) == 1
   assert "zero_slow was False and is True" in capsys.readouterr().err
@@ -55,6 +56,26 @@ def test_errors_have_no_traceback(arguments, tmp_path, capsys):
   assert main([*arguments, "--config.batchsize=2"]) == 2
   assert main(["eval"]) == 2
   assert not (tmp_path / "run").exists()
+
+
+def test_two_runs_are_compared(arguments, tmp_path, capsys):
+  assert main(arguments) == 0
+  assert main(["eval", f"--compare={tmp_path / 'run'}"]) == 2
+  assert main(["eval", "--compare", str(tmp_path / "run"), str(tmp_path / "run")]) == 0
+  shown = capsys.readouterr().out
+  assert "B - A   +0.00   [0.00, 0.00]" in shown
+  assert "McNemar's exact p = 1\n" in shown
+  assert main(["eval", "--compare", str(tmp_path / "run"), str(tmp_path)]) == 1
+  assert "there is no predictions.jsonl in it" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_named(arguments, capsys):
+  assert main(["eval", "--config=configs/eval_jsonl.py"]) == 2
+  assert "required: --workdir, --checkpoint" in capsys.readouterr().err
+  assert main([*arguments, "--judge=http://localhost:1/v1"]) == 2
+  assert "required: --judge_model" in capsys.readouterr().err
+  assert main([*arguments, "--judge=http://localhost:1/v1", "--judge_model=x"]) == 1
+  assert "Task jsonl needs no judge" in capsys.readouterr().err
 
 
 def test_sigterm_stops_it(arguments, monkeypatch, capsys):
