@@ -24,11 +24,13 @@ DONE, FAILED, USAGE, PREEMPTED, INTERRUPTED = 0, 1, 2, 42, 130
 VERBS = {
   "demo": "make a small video question set, train on it, evaluate, answer a question",
   "prepare": "turn raw videos and their annotations into frame-sampled records",
+  "data": "find what is wrong with data, show distributions, measure a mixture",
   "inspect": "show what is in records, a checkpoint or a config",
   "train": "train a model; the same command again resumes",
   "eval": "evaluate a checkpoint",
   "chat": "ask a checkpoint about a video",
   "convert": "convert a checkpoint between Hugging Face and Orbax, or make one of its parts",
+  "bench": "run a benchmark of the checkout",
   "doctor": "check what works on this machine and what does not",
 }
 

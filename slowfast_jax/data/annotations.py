@@ -18,6 +18,8 @@ from typing import Any
 from slowfast_jax.errors import UserError
 
 ROLES = ("system", "human", "gpt")
+# No conversation is near: what is longer is a mistake or an attack, and would fill memory.
+_MAX_ENTRY, _MAX_PATH, _MAX_ID = 4 * 2**20, 1024, 1024
 _OWN_FIELDS = frozenset({"id", "video", "image", "conversations"})
 _NOT_SPACE = re.compile(r"[^ \t\r\n]")
 
@@ -180,6 +182,12 @@ def _finite(text: str) -> float:
   return number
 
 
+def _whole(text: str) -> int:
+  if len(text) > 100:  # Python refuses thousands of digits in its own words.
+    raise _EntryError(f"a number has {len(text)} digits")
+  return int(text)
+
+
 def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   fields = dict(pairs)
   if len(fields) < len(pairs):
@@ -190,7 +198,10 @@ def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(
-  parse_constant=_reject_constant, parse_float=_finite, object_pairs_hook=_unique_fields
+  parse_constant=_reject_constant,
+  parse_float=_finite,
+  parse_int=_whole,
+  object_pairs_hook=_unique_fields,
 )
 
 
@@ -198,9 +209,15 @@ def _parse_entry(value: Any, line: int, number: int) -> Annotation:
   if not isinstance(value, dict):
     raise _EntryError(f"expected an object with conversations, got {_show(value)}")
   try:
-    json.dumps(value, ensure_ascii=False).encode()
+    size = len(json.dumps(value, ensure_ascii=False).encode())
   except UnicodeEncodeError:
     raise _EntryError("a text holds half of a surrogate pair, which is no character") from None
+  except RecursionError:
+    raise _EntryError("not readable: nested too deeply") from None
+  if size > _MAX_ENTRY:
+    raise _EntryError(
+      f"has {size / 2**20:.1f} MiB, more than the {_MAX_ENTRY >> 20} MiB of an entry"
+    )
   kind, media = _parse_media(value)
   turns = _parse_turns(value)
   identity = value.get("id")
@@ -208,6 +225,8 @@ def _parse_entry(value: Any, line: int, number: int) -> Annotation:
     identity = f"{media or 'text'}:{number}"
   elif isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
     raise _EntryError(f'"id" must be a text or an integer, got {_show(identity)}')
+  elif len(str(identity)) > _MAX_ID:
+    raise _EntryError(f'"id" has {len(str(identity))} characters, more than {_MAX_ID}')
   extra = {name: field for name, field in value.items() if name not in _OWN_FIELDS}
   return Annotation(str(identity), media, kind, turns, line, extra)
 
@@ -222,6 +241,8 @@ def _parse_media(value: dict[str, Any]) -> tuple[str, str | None]:
   path = value[kind]
   if not isinstance(path, str) or not path.strip():
     raise _EntryError(f'"{kind}" must be the path of one file, got {_show(path)}')
+  if len(path.encode()) > _MAX_PATH:
+    raise _EntryError(f'"{kind}" has {len(path.encode())} bytes, more than {_MAX_PATH}')
   if any(ord(character) < 32 for character in path):
     raise _EntryError(f'"{kind}" has control characters: {_show(path)}')
   if posixpath.isabs(path) or ".." in re.split(r"[/\\]", path) or re.match(r"[A-Za-z]:\\", path):

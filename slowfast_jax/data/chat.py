@@ -55,7 +55,7 @@ def encode_chat(
   """
   if targets not in TARGETS:
     raise UserError(f"targets must be one of {TARGETS}, got {targets!r}.")
-  _check_turns(turns, num_media)
+  check_turns(turns, num_media)
   ids: list[int] = []
   mask: list[bool] = []
   for turn in _with_system(turns, system):
@@ -87,7 +87,7 @@ def encode_prompt(
     UserError: a turn is malformed, or placeholders and media do not match.
   """
   turns = [{"from": "human", "value": question}] if isinstance(question, str) else list(question)
-  _check_turns(turns, None)
+  check_turns(turns, None)
   if turns[-1]["from"] != "human":
     raise UserError(f"A prompt must end with a human turn, got {turns[-1]['from']!r}.")
   if not any(_PLACEHOLDER.search(turn["value"]) for turn in turns):
@@ -120,7 +120,8 @@ def _with_system(turns: Sequence[Turn], system: str) -> list[Turn]:
   return [{"from": "system", "value": system}, *turns]
 
 
-def _check_turns(turns: Sequence[Turn], num_media: int | None) -> None:
+def check_turns(turns: Sequence[Turn], num_media: int | None) -> None:
+  """Raises a UserError if a turn is malformed, or placeholders and media do not match."""
   found = 0
   for i, turn in enumerate(turns, start=1):
     role, text = turn.get("from"), turn.get("value")
