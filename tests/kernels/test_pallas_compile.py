@@ -55,7 +55,7 @@ def test_projected_keys_are_not_copied_and_scores_never_reach_memory():
 
 
 def test_memory_is_linear_in_the_keys():
-  """Forward and backward hold nothing of the size of queries x keys; large, so nothing is in VMEM."""
+  """Forward and backward hold nothing of the size of queries x keys (large: none is in VMEM)."""
   sizes = (41_472, 82_944)
   found = compile_for("v5e:2x2", *(["backward", {"queries": 64, "keys": s}, []] for s in sizes))
   total = [sum(x["memory"].values()) for x in found]

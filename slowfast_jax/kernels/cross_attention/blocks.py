@@ -74,7 +74,7 @@ class _Chip:
 CHIPS = {
   "v4": _Chip(14 * MIB, 1024, 512, 512, 1024, 512, 512),
   "v5e": _Chip(96 * MIB, 4096, 512, 512, 2048, 512, 512),
-  "v5p": _Chip(48 * MIB, 2048, 512, 512, 2048, 512, 512),
+  "v5p": _Chip(48 * MIB, 4096, 512, 512, 2048, 512, 512),
   "v6e": _Chip(96 * MIB, 4096, 512, 512, 2048, 512, 512),
 }
 # A chip that the table does not know gets sizes that fit everywhere.
