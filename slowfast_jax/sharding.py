@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax import Array
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from slowfast_jax.errors import UserError
 
@@ -23,6 +24,8 @@ RULES: Mapping[str, str | tuple[str, ...]] = {
   "batch": ("data", "fsdp"),
   # Frames are encoded each for itself, whatever the language model does with the mesh.
   "frames": MESH_AXES,
+  # Slow tokens of a video: attention to them merges over devices, see kernels.
+  "slow": "context",
   "embed": "fsdp",
   "heads": "tensor",
   "mlp": "tensor",
@@ -66,6 +69,32 @@ def _fits(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionS
     return math.prod(mesh.shape[name] for name in names)
 
   return PartitionSpec(*(e if n % size(e) == 0 else None for e, n in zip(spec, shape)))
+
+
+def mesh_in_force() -> AbstractMesh | None:
+  """The mesh of the surrounding `jax.set_mesh`; None where there is one device or no mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+  """Lays an array out on the mesh in force, by the logical names of its first axes.
+
+  Where that leaves a choice the compiler makes it: for axes without a name, and for the last mesh
+  axes of a name if all of them together do not divide.
+  """
+  mesh = mesh_in_force()
+  if mesh is None:
+    return x
+  entries: list[Any] = []
+  for name, size in zip(axes, x.shape):
+    rule = () if name is None else RULES.get(name, ())
+    names = (rule,) if isinstance(rule, str) else rule
+    while size % math.prod(mesh.shape[axis] for axis in names):
+      names = names[:-1]
+    entries.append(names or PartitionSpec.UNCONSTRAINED)
+  entries += [PartitionSpec.UNCONSTRAINED] * (x.ndim - len(entries))
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
 def sharding_of(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:

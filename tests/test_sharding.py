@@ -16,7 +16,9 @@ from slowfast_jax.sharding import (
   MESH_AXES,
   RULES,
   batch_sharding,
+  constrain,
   make_mesh,
+  mesh_in_force,
   sharded_init,
   sharding_of,
   spec_of,
@@ -103,6 +105,33 @@ def test_an_axis_that_does_not_divide_is_replicated(mesh, axes, shape, spec):
 
 def test_rows_of_a_batch_lie_on_data_and_fsdp(mesh):
   assert batch_sharding(mesh).spec == P(("data", "fsdp"))
+
+
+@pytest.mark.parametrize(
+  ("axes", "shape", "spec"),
+  [
+    (("batch", "slow"), (4, 6, 3), P(("data", "fsdp"), "context")),
+    (("batch", "slow"), (2, 5, 3), P("data")),
+    (("frames",), (8, 3), P(MESH_AXES)),
+    (("frames",), (4, 3), P(("data", "fsdp", "context"))),
+    ((None, "heads"), (4, 2), P(None, "tensor")),
+    (("heads",), (3,), P()),
+  ],
+)
+def test_activations_lie_on_as_many_devices_as_divide_them(axes, shape, spec):
+  mesh = make_mesh({"data": 2, "context": 2, "tensor": 2})
+  with jax.set_mesh(mesh):
+    found = jax.jit(lambda x: constrain(2 * x, *axes))(np.ones(shape))
+  assert found.sharding.is_equivalent_to(NamedSharding(mesh, spec), len(shape))
+
+
+def test_without_a_mesh_activations_lie_where_they_lie():
+  assert mesh_in_force() is None
+  x = jnp.ones(3)
+  assert constrain(x, "batch") is x
+  with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
+    assert mesh_in_force() is None
+    assert constrain(x, "batch") is x
 
 
 class Parts(nnx.Module):

@@ -115,7 +115,15 @@ class Engine:
 
     run.__name__ = program.__name__  # The name in profiles and compilation logs.
     jitted = jax.jit(run, static_argnames=static, donate_argnames=donate)
-    return functools.partial(jitted, self.params)
+    bound = functools.partial(jitted, self.params)
+    if self._mesh is None:
+      return bound
+
+    def on_mesh(**arguments):
+      with jax.set_mesh(self._mesh):
+        return bound(**arguments)
+
+    return on_mesh
 
   def encode(
     self,
@@ -154,8 +162,8 @@ class Engine:
       dtype=self._dtype,
       frame_chunk=ENCODED_FRAMES * (1 if self._mesh is None else self._mesh.size),
     )
-    slow, fast = self._place(slow), self._place(fast)
-    kv = jax.tree.map(lambda x: self._place(x, None, None, None, "heads"), kv)
+    slow, fast = self._place(slow, None, "slow"), self._place(fast)
+    kv = jax.tree.map(lambda x: self._place(x, None, None, "slow", "heads"), kv)
     return VideoSession(slow, fast, kv, count, fast.shape[1] // len(pooling) * len(map_QF))
 
   def prompt_ids(self, question: str | Sequence[Turn], sessions: Sessions) -> list[int]:
@@ -359,7 +367,7 @@ class Engine:
       if any(pair is not None for pair in pairs):
         k = stack_rows([None if p is None else p.k for p in pairs], axis=1)
         v = stack_rows([None if p is None else p.v for p in pairs], axis=1)
-        kv = SlowKV(*(self._place(x, None, "batch", None, "heads") for x in (k, v)))
+        kv = SlowKV(*(self._place(x, None, "batch", "slow", "heads") for x in (k, v)))
     return Visual(self._place(fast, "batch"), kv, self._place(num_slow, "batch"))
 
   def _check_length(self, ids: Sequence[int], sessions: Sequence[VideoSession]) -> None:

@@ -6,6 +6,7 @@ model's parameters, so any decoder of the family can be given a slow path.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import einops
@@ -15,8 +16,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from slowfast_jax.kernels.cross_attention import cross_attention
+from slowfast_jax.kernels.cross_attention.context_parallel import Layout, cross_attention_on_mesh
 from slowfast_jax.models.decoder import Decoder, DecoderConfig
 from slowfast_jax.models.layers import Projection, RMSNorm, make_param
+from slowfast_jax.sharding import RULES, mesh_in_force
 
 GATES = ("dynamic", "dynamic-tanh", "dynamic-tanh-warmup")
 QUERY_SETS = ("text-only", "text-only-masksystem", "all")
@@ -84,7 +87,11 @@ def read_slow(
   query: SlowQuery,
 ) -> Float[Array, "B X N H"]:
   """Cross-attention of every querying position to the slow tokens of its own sample."""
-  return cross_attention(
+  attention, mesh = cross_attention, mesh_in_force()
+  if mesh is not None:
+    layout = Layout(mesh, context=RULES["slow"], batch=RULES["batch"], heads=RULES["heads"])
+    attention = functools.partial(cross_attention_on_mesh, layout=layout)
+  return attention(
     q, k, v, q_segments=query.q_segments, kv_segments=query.kv_segments, return_lse=False
   )
 

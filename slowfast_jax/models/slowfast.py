@@ -30,6 +30,7 @@ from slowfast_jax.models.layers import layer_of, stack
 from slowfast_jax.models.projector import Projector, projector_depth
 from slowfast_jax.models.vision import VisionConfig, make_vision
 from slowfast_jax.shapes import FAST, Batch
+from slowfast_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +144,7 @@ class SlowFast(nnx.Module):
     def slow_tokens(frames: Array) -> Float[Array, "B P D"]:
       return spatial_pool(self.projector(vision(frames)), stride)
 
-    flat = einops.rearrange(frames, "B F h w C -> (B F) h w C")
+    flat = constrain(einops.rearrange(frames, "B F h w C -> (B F) h w C"), "frames")
     slow = map_in_chunks(slow_tokens, flat, frame_chunk)
     return einops.rearrange(slow, "(B F) P D -> B F P D", B=B)
 
@@ -164,7 +165,7 @@ class SlowFast(nnx.Module):
     """Keys and values of the slow tokens at every hybrid layer."""
     if self.adapters is None:
       return None
-    flat = einops.rearrange(slow, "B F P D -> B (F P) D")
+    flat = constrain(einops.rearrange(slow, "B F P D -> B (F P) D"), "batch", "slow")
     pairs = [
       layer_of(self.adapters, i).keys_values(flat, layer_of(self.decoder.layers, depth).input_norm)
       for i, depth in enumerate(self.cfg.hybrid_layers)

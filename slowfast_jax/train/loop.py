@@ -160,7 +160,8 @@ def compile_step(setup: Setup, state: TrainState, batch: Batch, say: Say) -> Ste
   )
   say("compiling")
   began = time.monotonic()
-  compiled = jitted.lower(state, batch).compile()
+  with jax.set_mesh(setup.mesh):
+    compiled = jitted.lower(state, batch).compile()
   say(f"compiled in {time.monotonic() - began:.1f} s")
   return compiled
 

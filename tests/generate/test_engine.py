@@ -185,14 +185,15 @@ def test_samples_depend_on_prompt_and_seed_alone(engine):
   assert alone != engine.generate(prompts[-1:], sessions[-1:], NEW, seed=5, **options)
 
 
-def test_a_mesh_changes_nothing(engine):
+@pytest.mark.parametrize("other", ["fsdp", "context"])
+def test_a_mesh_changes_nothing(engine, other):
   prompts, sessions, videos = mixed(engine)
   replies = engine.generate(prompts, sessions, NEW)
-  mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+  mesh = make_mesh({"data": 2, other: 2, "tensor": 2})
   wide = make_engine(make_export(), mesh, batch_size=6)
   sessions = [None if v is None else wide.encode(v) for v in videos]
   built, _ = wide.build(prompts, sessions, 6)
-  assert len(built.lengths) == 8
+  assert len(built.lengths) == {"fsdp": 8, "context": 6}[other]
   assert len(built.tokens.sharding.device_set) == 8
   assert wide.generate(prompts, sessions, NEW) == replies
 

@@ -124,7 +124,7 @@ def test_bytes_on_the_wire_are_proportional_to_the_text(mesh):
   assert wire(layout, 32, 4096) == (operations, bytes_)
   assert wire(layout, 64, 1024) == (operations, 2 * bytes_)
   # Output, its share, the highest score, and dq, of this device's rows and heads.
-  heads = 2 * 4 // (layout.size("data") * layout.size("tensor"))
+  heads = 2 * 4 // (layout.size(("data", "tensor")))
   assert bytes_ == 4 * 32 * heads * (16 + 1 + 1 + 16)
 
 

@@ -21,6 +21,7 @@ from tests.models.tiny import (
   CONFIG,
   LENGTH,
   ROWS,
+  TOKENS_PER_FRAME,
   batch_of,
   config,
   geometry_of,
@@ -219,6 +220,31 @@ def test_a_model_encodes_its_frames():
   with jax.disable_jit():
     expected = model.forward(batch, model.encode(frames, jnp.float32))
     np.testing.assert_array_equal(model(batch), expected)
+
+
+@pytest.mark.parametrize(
+  "sizes", [{"context": 8}, {"data": 2, "context": 2, "tensor": 2}, {"fsdp": 2, "tensor": 4}]
+)
+def test_a_mesh_changes_neither_hidden_states_nor_gradients(sizes):
+  """Ten frames of four tokens: spread over eight devices, a frame may lie on two."""
+  graphdef, params = graphdef_of(CONFIG), random_params(CONFIG, 0)
+  batch, slow = batch_of(ROWS, geometry_of(CONFIG))
+  weights = jax.random.normal(jax.random.key(0), (len(ROWS), LENGTH, 8))
+
+  def loss(params, slow):
+    hidden = nnx.merge(graphdef, params).forward(batch, slow)
+    return jnp.sum(hidden * weights), hidden
+
+  run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+  (_, expected), expected_gradients = jax.jit(run)(params, slow)
+  with jax.set_mesh(make_mesh(sizes)):
+    (_, hidden), gradients = jax.jit(run)(params, slow)
+    kv = jax.jit(lambda params, slow: nnx.merge(graphdef, params).slow_kv(slow))(params, slow)
+  np.testing.assert_allclose(hidden, expected, rtol=1e-5, atol=1e-5)
+  for got, one in zip(*map(jax.tree.leaves, (gradients, expected_gradients)), strict=True):
+    np.testing.assert_allclose(got, one, rtol=1e-4, atol=1e-5 * np.abs(one).max() + 1e-8)
+  part = kv.k.addressable_shards[0].data.shape
+  assert part[2] == slow.shape[1] * TOKENS_PER_FRAME // sizes.get("context", 1)
 
 
 def test_all_is_computed_in_the_type_that_is_asked_for():

@@ -278,7 +278,7 @@ def on_one_device(first_state):
   return run(first_state, {"data": 1}, 60)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}, {"tensor": 2}])
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}, {"tensor": 2}, {"context": 2}])
 def test_a_mesh_changes_nothing(first_state, on_one_device, sizes):
   history, gradients = run(first_state, sizes, 3)
   for got, expected in zip(history, on_one_device[0]):

@@ -46,29 +46,33 @@ PARTS = {
 }
 
 
+# One axis of a mesh, or several that work as one.
+Axes = str | tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """Mesh axes on which the axes of a call lie; what does not divide is replicated.
 
   Attributes:
     mesh: the mesh, or its shape alone where it is in force.
-    context: axis of the slow tokens.
-    batch: axes of the rows.
-    heads: axis of the heads, query and KV heads alike.
+    context: of the slow tokens.
+    batch: of the rows.
+    heads: of the heads, query and KV heads alike.
   """
 
   mesh: Mesh | AbstractMesh
-  context: str
-  batch: tuple[str, ...] = ()
-  heads: str | None = None
+  context: Axes
+  batch: Axes = ()
+  heads: Axes = ()
 
-  def size(self, *axes: str | None) -> int:
+  def size(self, axes: Axes) -> int:
     """Devices along some axes together."""
-    return math.prod(self.mesh.shape[axis] for axis in axes if axis is not None)
+    return math.prod(self.mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes))
 
   def specs(self, rows: int, kv_heads: int) -> tuple[PartitionSpec, PartitionSpec]:
     """Where queries [B, T, N, H] and keys [B, S, K, H] lie; masks lie as they do."""
-    batch = self.batch if rows % self.size(*self.batch) == 0 else None
+    batch = self.batch if rows % self.size(self.batch) == 0 else None
     heads = self.heads if kv_heads % self.size(self.heads) == 0 else None
     return PartitionSpec(batch, None, heads), PartitionSpec(batch, self.context, heads)
 
