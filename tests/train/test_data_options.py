@@ -5,14 +5,20 @@ import dataclasses
 import itertools
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from flax import nnx
 
+from slowfast_jax.checkpoints.trees import flatten
+from slowfast_jax.data.packing import collate, empty_row
 from slowfast_jax.errors import UserError
+from slowfast_jax.models.slowfast import graphdef_of
 from slowfast_jax.train.loop import train
 from slowfast_jax.train.metrics import read_metrics
-from slowfast_jax.train.setup import open_setup
+from slowfast_jax.train.setup import geometry_of, open_setup
 from tests.train.tiny_run import record, tiny_config, write_data, write_records
 
 
@@ -79,3 +85,41 @@ def test_a_run_whose_steps_have_several_shapes(data, tmp_path):
 def test_what_does_not_fit_is_named(data, override, words):
   with pytest.raises(UserError, match=words):
     open_setup(config_of(data, override))
+
+
+def test_packed_samples_give_the_logits_and_gradients_that_they_give_alone(data):
+  wide = ("data.num_frames=8", "data.decoder_length=320", "data.text_bound=300", "data.pack=true")
+  setup = open_setup(config_of(data, *wide))
+  pipeline, graphdef = setup.pipeline, graphdef_of(setup.model)
+  geometry = geometry_of(setup.model, setup.config.data)
+  loaded = [pipeline._load((0, i)).batch for i in range(8)]
+  place = next(i for i in range(8) if loaded[i].frame_segments.max() > 1)  # Two videos or more.
+  row, (source, numbers) = loaded[place], pipeline.schedule.row(0, place)
+  alone = [pipeline._build([pipeline._load_sample(0, source, n)], geometry) for n in numbers]
+  apart = collate([one.batch for one in alone])
+  row = collate([row, *[empty_row(geometry)] * (len(numbers) - 1)])  # One shape: one program.
+  assert row.segments.max() == len(numbers)
+
+  rng = np.random.default_rng(0)  # Gates start shut: a test of them needs noise.
+  params = jax.tree.map(
+    lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32),
+    setup.abstract_state().params,
+  )
+
+  def loss(params, batch):
+    model = nnx.merge(graphdef, params)
+    logits = model.decoder.logits(model(batch, dtype=jnp.float32, remat=False))
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)
+    return -jnp.sum(picked[..., 0] * batch.loss_weights), logits
+
+  run = jax.jit(jax.grad(loss, has_aux=True))
+  (gradient, logits), (expected_gradient, expected) = run(params, row), run(params, apart)
+  at = 0
+  for i in range(len(numbers)):
+    count = int((apart.segments[i] > 0).sum())
+    np.testing.assert_allclose(logits[0, at : at + count], expected[i, :count], rtol=0, atol=1e-5)
+    at += count
+  ours, theirs = flatten(gradient), flatten(expected_gradient)
+  for name, value in ours.items():
+    scale = np.abs(theirs[name]).max()
+    np.testing.assert_allclose(value, theirs[name], rtol=0, atol=1e-5 * max(scale, 1), err_msg=name)
