@@ -3,7 +3,7 @@
 
 import argparse
 
-from benchmarks import kernel_static
+from benchmarks import kernel_blocks, kernel_static
 from benchmarks.tpu_schedule import CHIPS
 from slowfast_jax.errors import UsageError
 from slowfast_jax.kernels.cross_attention.shapes import TEXT_LENGTHS
@@ -16,6 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--static", action="store_true", help="the compiler's estimates for chips that are not here"
   )
+  parser.add_argument(
+    "--blocks", action="store_true", help="try block sizes instead, for the kernel's table of them"
+  )
   parser.add_argument("--chips", default="v5e,v5p,v6e", help=f"of {', '.join(CHIPS)}")
   parser.add_argument(
     "--queries", default=",".join(map(str, TEXT_LENGTHS)), help="numbers of text tokens"
@@ -26,8 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Prints the table."""
-  if not args.static:
-    raise UsageError("bench kernel measures nothing yet on the device at hand; add --static.")
+  if not (args.static or args.blocks):
+    raise UsageError(
+      "bench kernel measures nothing yet on the device at hand; add --static or --blocks."
+    )
   chips = args.chips.split(",")
   unknown = sorted(set(chips) - set(CHIPS))
   if unknown:
@@ -36,5 +41,8 @@ def run(args: argparse.Namespace) -> int:
     queries = [int(x) for x in args.queries.split(",")]
   except ValueError:
     raise UsageError(f"--queries: expected numbers as in 1,64,512, got {args.queries!r}.") from None
+  if args.blocks:
+    kernel_blocks.report(chips, args.timeout)
+    return 0
   kernel_static.report(chips, queries, args.timeout, args.json)
   return 0

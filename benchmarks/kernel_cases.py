@@ -4,6 +4,7 @@
 Each function returns a program and its inputs' shapes, for `benchmarks.tpu_schedule`.
 """
 
+import dataclasses
 import inspect
 
 import jax
@@ -19,27 +20,32 @@ from slowfast_jax.kernels.cross_attention.tiling import Fold, Tiles, plan_tiles
 ROWS, FETCHED, COMPUTED = 512, 2048, 512
 
 
-def ours(**sizes):
-  """This project's kernel on queries that are folded, as the library kernels are given theirs."""
+def ours(blocks=None, **sizes):
+  """This project's kernel on queries that are folded, as the library kernels are given theirs.
+
+  `blocks` replaces fields of the block sizes that the table gives.
+  """
   shape = Shape(**sizes)
-  fold, blocks = _ours(shape)
-  q, k, tiles = _ours_inputs(shape, fold, blocks.forward)
+  fold, table = _ours(shape)
+  blocks = dataclasses.replace(table.forward, **(blocks or {}))
+  q, k, tiles = _ours_inputs(shape, fold, blocks)
 
   def program(q, k, v, *tiles):
-    return forward(q, k, v, Tiles(*tiles), None, None, fold=fold, blocks=blocks.forward)
+    return forward(q, k, v, Tiles(*tiles), None, None, fold=fold, blocks=blocks)
 
   return program, (q, k, k, *tiles)
 
 
-def ours_backward(**sizes):
+def ours_backward(blocks=None, **sizes):
   """This project's backward kernel, likewise."""
   shape = Shape(**sizes)
-  fold, blocks = _ours(shape)
-  q, k, tiles = _ours_inputs(shape, fold, blocks.backward)
+  fold, table = _ours(shape)
+  blocks = dataclasses.replace(table.backward, **(blocks or {}))
+  q, k, tiles = _ours_inputs(shape, fold, blocks)
   line = jax.ShapeDtypeStruct((*q.shape[:2], 1, q.shape[2]), jnp.float32)
 
   def program(q, do, lse, delta, k, v, *tiles):
-    options = {"fold": fold, "blocks": blocks.backward, "out_dtype": k.dtype}
+    options = {"fold": fold, "blocks": blocks, "out_dtype": k.dtype}
     return backward(q, do, lse, delta, k, v, Tiles(*tiles), None, None, **options)
 
   return program, (q, q, line, line, k, k, *tiles)

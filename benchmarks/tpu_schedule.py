@@ -131,6 +131,9 @@ def _compile(request, folder, profile, timeout) -> str:
       # libtpu's own children would keep the pipe open.
       os.killpg(worker.pid, signal.SIGKILL)
       return f"no answer within {timeout:.0f} s"
+    except BaseException:  # Ctrl-C does not reach a session of its own.
+      os.killpg(worker.pid, signal.SIGKILL)
+      raise
   lines = [line for line in log.splitlines() if re.search(r"Error|RESOURCE_EXHAUSTED", line)]
   return "" if worker.returncode == 0 else "\n".join(lines[-1:] or log.splitlines()[-3:])[:600]
 

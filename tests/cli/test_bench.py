@@ -12,7 +12,7 @@ from slowfast_jax.cli.main import main
 @pytest.mark.parametrize(
   ("flags", "words"),
   [
-    ([], "add --static"),
+    ([], "add --static or --blocks"),
     (["--static", "--chips=v5e,v9"], "v9 unknown; choose from v4, v5e, v5p, v6e"),
     (["--static", "--queries=some"], "expected numbers as in 1,64,512, got 'some'"),
   ],
@@ -24,11 +24,11 @@ def test_wrong_usage(capsys, flags, words):
 
 def test_share_is_the_bound_over_the_cycles_of_further_keys(monkeypatch):
   """On a chip with one core, twice the least number of cycles for each key, plus a constant."""
-  flops_of_a_key = 4 * 14 * 512 * 128
+  flops_of_a_query = 4 * 7 * 128
 
-  def schedule(target, sizes, chip, timeout):
+  def schedule(target, sizes, chip, profile, timeout):
     assert target == "benchmarks.kernel_cases:ours"
-    cycles = 1000 + 2 * sizes["keys"] * flops_of_a_key // 131_072
+    cycles = 1000 + 2 * sizes["keys"] * sizes["queries"] * flops_of_a_query // 131_072
     return [Kernel("slow_cross_attention_forward", cycles, 100, 2 << 20, 1 << 20, 10**9)]
 
   monkeypatch.setattr(kernel_static, "schedule", schedule)
@@ -39,7 +39,7 @@ def test_share_is_the_bound_over_the_cycles_of_further_keys(monkeypatch):
 
 
 def test_what_does_not_compile_is_a_line_of_the_table(monkeypatch, capsys, tmp_path):
-  def schedule(target, sizes, chip, timeout):
+  def schedule(target, sizes, chip, profile, timeout):
     raise RuntimeError("too large\nfor VMEM")
 
   monkeypatch.setattr(kernel_static, "schedule", schedule)
