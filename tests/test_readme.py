@@ -96,7 +96,7 @@ def check_slowfast(command: str, folder: Folder) -> None:
 def check_make(command: str, folder: Folder) -> None:
   """The target exists, installs, and ends in the command that the rest of the README counts on."""
   target = command.split()[1]
-  last = {"demo": DEMO, "test": "python -m pytest", "lint": "mypy"}[target]
+  last = {"demo": DEMO, "test": "python -m pytest -n 2 --dist loadfile", "lint": "mypy"}[target]
   plan = subprocess.run(
     ["make", "-n", f"VENV={folder.path}/venv", target], cwd=ROOT, capture_output=True, text=True
   )
