@@ -132,7 +132,7 @@ class PartsReader:
   """
 
   def __init__(self, folder: epath.Path, expected: Mapping[str, Any]):
-    self._folder, self._expected = folder, expected
+    self._folder = folder
     parts = sorted(folder.glob("part-*")) or [folder]
     with self._explained():
       self._stored = [entry for part in parts for entry in _read_part(part)]

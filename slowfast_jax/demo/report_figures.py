@@ -28,7 +28,7 @@ _IMAGE_SIDE = 160  # Pixels of the longer side at most: the page stays under a m
 
 @dataclass(frozen=True)
 class Curve:
-  """A line of a chart; `role` is its CSS class: slow, fast or both."""
+  """A line of a chart; `role` is its CSS class: slow or fast."""
 
   label: str
   role: str

@@ -5,6 +5,7 @@ Recomputed exactly, in the hooks of the hybrid layers of one full forward pass.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import einops
 import jax
@@ -15,12 +16,12 @@ from jaxtyping import Bool, Float, Int
 from slowfast_jax.generate.programs import Visual, embed_prompts, query_of, uncached
 from slowfast_jax.generate.prompts import Prompts
 from slowfast_jax.models.decoder import ReadSlow
-from slowfast_jax.models.hybrid import SlowQuery
+from slowfast_jax.models.hybrid import HybridAdapter, SlowKV, SlowQuery
 from slowfast_jax.models.layers import layer_of
 from slowfast_jax.models.slowfast import SlowFast
 from slowfast_jax.shapes import Array
 
-# Points of the midpoint rule along the slow path's share; 8 leave about 1% of error.
+# Points of the midpoint rule along the slow path's share; the test of the sum allows 2% of error.
 _SHARES = 8
 
 
@@ -76,11 +77,46 @@ def attend(
   adapters = model.adapters
   if kv is None or query is None or adapters is None:
     raise ValueError("Attention to slow tokens needs hybrid layers and a video.")
+  log_probs = _log_probs(model, prompts, visual, query, kv, adapters, asked)
+  num_heads = model.cfg.decoder.num_heads
+  none = jnp.zeros((len(kv.k), len(asked), num_heads, *query.q_segments.shape[1:], kv.k.shape[2]))
+  full, weights, gates = log_probs(none, jnp.ones(()))
+  answer = jnp.argmax(full, axis=-1)[:, None]
+
+  def add_effect(total, share):
+    def said(changes):
+      return jnp.sum(jnp.take_along_axis(log_probs(changes, share)[0], answer, axis=1))
+
+    return total + jax.grad(said)(none) / _SHARES, None
+
+  middles = (jnp.arange(_SHARES) + 0.5) / _SHARES
+  effect, _ = jax.lax.scan(add_effect, none, middles)
+
+  def by_frame(values):
+    return einops.reduce(values, "A B N X (F P) -> A B N X F", "sum", P=tokens_per_frame)
+
+  return by_frame(weights), gates.astype(jnp.float32), by_frame(weights * effect)
+
+
+def _log_probs(
+  model: SlowFast,
+  prompts: Prompts,
+  visual: Visual,
+  query: SlowQuery,
+  kv: SlowKV,
+  adapters: HybridAdapter,
+  asked: Int[Array, " B"],
+) -> Callable[[Array, Array], tuple[Array, Array, Array]]:
+  """One forward pass, as a function of what is done to the slow attention.
+
+  Returns:
+    `(changes [A, B, N, X, S] added to the attention, share of it that is let in)` to the log
+    probabilities [B, V] of the tokens at `asked`, the attention, and |g| [A, B, X].
+  """
   x = embed_prompts(model, prompts, visual)
   positions, mask = uncached(prompts)
 
   def log_probs(changes: Float[Array, "A B N X S"], share: Float[Array, ""]):
-    """Of every token at `asked` when only this share of the slow path is let in."""
     seen: list[tuple[Array, Array]] = []
 
     def reader(i: int) -> ReadSlow:
@@ -106,25 +142,7 @@ def attend(
     weights, gates = (jnp.stack(part) for part in zip(*seen))
     return jax.nn.log_softmax(model.decoder.logits(last)), weights, gates
 
-  A, N = len(model.cfg.hybrid_layers), model.cfg.decoder.num_heads
-  none = jnp.zeros((A, x.shape[0], N, query.text_index.shape[1], query.kv_segments.shape[1]))
-  full, weights, gates = log_probs(none, jnp.ones(()))
-  answer = jnp.argmax(full, axis=-1)[:, None]
-
-  def add_effect(total, share):
-    def said(changes):
-      return jnp.sum(jnp.take_along_axis(log_probs(changes, share)[0], answer, axis=1))
-
-    return total + jax.grad(said)(none) / _SHARES, None
-
-  middles = (jnp.arange(_SHARES) + 0.5) / _SHARES
-  effect, _ = jax.lax.scan(add_effect, none, middles)
-
-  def by_frame(values):
-    return einops.reduce(values, "A B N X (F P) -> A B N X F", "sum", P=tokens_per_frame)
-
-  relevance = by_frame(weights * effect)
-  return by_frame(weights), gates.astype(jnp.float32), relevance
+  return log_probs
 
 
 def mix(weights: Float[Array, "B N X S"], v: Float[Array, "B S K H"]) -> Float[Array, "B X N H"]:

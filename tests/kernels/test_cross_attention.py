@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from slowfast_jax.kernels.cross_attention import cross_attention
+from slowfast_jax.kernels.cross_attention.reference import cross_attention_reference
 
 # B, T, S, K, H; query heads of one kv head: alone, a pair, and as in Qwen2 7B.
 SHAPE = (3, 4, 7, 2, 6)
@@ -77,6 +78,16 @@ def call(inputs, masks, **options):
 @pytest.mark.parametrize(("implementation", "groups"), [(None, 2), *RUNS])
 def test_outputs(implementation, groups, masks):
   out, lse = call(arrays(groups), masks, implementation=implementation)
+  expected_out, expected_lse = expected_of(arrays(groups), masks)
+  np.testing.assert_allclose(out, expected_out, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("groups", GROUPS)
+def test_the_specification(groups, masks):
+  inputs = [jnp.asarray(x, jnp.float32) for x in arrays(groups)]
+  out, lse = cross_attention_reference(*inputs, **{k: jnp.asarray(x) for k, x in masks.items()})
   expected_out, expected_lse = expected_of(arrays(groups), masks)
   np.testing.assert_allclose(out, expected_out, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
