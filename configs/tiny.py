@@ -55,7 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.train = ml_collections.ConfigDict()
   c.train.steps = 50
   c.train.dtype = "float32"
-  c.train.remat = False
+  c.train.remat = "none"
   c.train.log_every = 1
   c.train.checkpoint_every = 20
   c.train.keep = 1

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from slowfast_jax.models.layers import LayerNorm, Projection, make_param, stack, unstack
+from slowfast_jax.models.remat import remat
 from slowfast_jax.models.vit import CLIP_MEAN, CLIP_STD
 
 STEM_STRIDE, DOWNSAMPLE_STRIDE = 4, 2
@@ -146,11 +147,14 @@ class Stage(nnx.Module):
     self.depth = cfg.depths[index]
     self.blocks = stack(lambda r: ConvNeXtBlock(width, cfg.norm_eps, rngs=r), self.depth, rngs=rngs)
 
-  def __call__(self, x: Float[Array, "B y x E"]) -> Float[Array, "B y2 x2 E2"]:
+  def __call__(
+    self, x: Float[Array, "B y x E"], policy: str = "none"
+  ) -> Float[Array, "B y2 x2 E2"]:
     if self.downsample_norm is not None and self.downsample is not None:
       x = self.downsample(squares(self.downsample_norm(x), DOWNSAMPLE_STRIDE))
     graphdef, states = unstack(self.blocks, 0, self.depth)
-    x, _ = jax.lax.scan(lambda x, state: (nnx.merge(graphdef, state)(x), None), x, states)
+    block = remat(lambda x, state: (nnx.merge(graphdef, state)(x), None), policy)
+    x, _ = jax.lax.scan(block, x, states)
     return x
 
 
@@ -162,10 +166,13 @@ class ConvNeXt(nnx.Module):
     self.stem = Stem(cfg, rngs=rngs)
     self.stages = nnx.List(Stage(cfg, i, rngs=rngs) for i in range(len(cfg.depths)))
 
-  def __call__(self, frames: Float[Array, "B h w C"]) -> Float[Array, "B P E"]:
+  def __call__(
+    self, frames: Float[Array, "B h w C"], *, policy: str = "none"
+  ) -> Float[Array, "B P E"]:
+    """Tokens of frames; `policy` is what the backward pass keeps of each block."""
     x = self.stem(frames)
     for stage in self.stages:
-      x = stage(x)
+      x = stage(x, policy)
     return einops.rearrange(x, "B y x E -> B (y x) E")
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from slowfast_jax.models.layers import Embedding, Projection, RMSNorm, layer_of, stack, unstack
+from slowfast_jax.models.remat import keep, remat
 from slowfast_jax.models.rope import LlamaRopeScaling, frequencies, rope_table, rotate
 
 
@@ -128,6 +129,7 @@ class DecoderLayer(nnx.Module):
   ):
     """Returns the layer's output and its keys and values (the updated cache if there is one)."""
     q_BTNH, k, v = self.attention.queries_keys_values(self.input_norm(x), rope)
+    q_BTNH, k, v = keep(q_BTNH, "queries"), keep(k, "keys"), keep(v, "values")
     if cache is not None:
       rows = jnp.arange(x.shape[0])[:, None]
       k = cache[0].at[rows, slots].set(k.astype(cache[0].dtype))
@@ -135,7 +137,7 @@ class DecoderLayer(nnx.Module):
     o_BTNH = jax.nn.dot_product_attention(q_BTNH, k.astype(x.dtype), v.astype(x.dtype), mask=mask)
     if read_slow is not None:
       o_BTNH = read_slow(q_BTNH, o_BTNH)
-    x = x + self.attention.out(o_BTNH)
+    x = x + self.attention.out(keep(o_BTNH, "attention"))
     return x + self.mlp(self.post_norm(x)), (k, v)
 
 
@@ -161,7 +163,7 @@ class Decoder(nnx.Module):
     *,
     cache: KVCache | None = None,
     readers: dict[int, ReadSlow] | None = None,
-    remat: bool = False,
+    policy: str = "none",
   ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Runs all layers.
 
@@ -171,7 +173,7 @@ class Decoder(nnx.Module):
       mask: which key each position sees.
       cache: keys and values so far; the new ones are written into it.
       readers: the hook of each hybrid layer.
-      remat: recompute each layer in the backward pass.
+      policy: what the backward pass keeps of each layer, a name of `remat.REMAT`.
 
     Returns:
       The last hidden state after the final norm, and every layer's keys and values.
@@ -184,15 +186,16 @@ class Decoder(nnx.Module):
     def run(layer, x, layer_cache, read_slow=None):
       return layer(x, rope, mask, layer_cache, positions, read_slow)
 
-    wrap = jax.checkpoint if remat else (lambda f: f)
     for start, stop, hybrid in _runs(self.cfg.num_layers, sorted(readers)):
       if hybrid:
         layer = layer_of(self.layers, start)
         piece = None if cache is None else (cache.k[start], cache.v[start])
         read_slow = readers[start]
-        x, (k, v) = wrap(lambda x, layer=layer, piece=piece, r=read_slow: run(layer, x, piece, r))(
-          x
-        )
+
+        def hybrid_layer(x, layer=layer, piece=piece, read_slow=read_slow):
+          return run(layer, x, piece, read_slow)
+
+        x, (k, v) = remat(hybrid_layer, policy)(x)
         collected.append((k[None], v[None]))
         continue
       graphdef, states = unstack(self.layers, start, stop)
@@ -202,7 +205,7 @@ class Decoder(nnx.Module):
         state, piece = inputs
         return run(nnx.merge(graphdef, state), x, piece)
 
-      x, kv = jax.lax.scan(wrap(body), x, (states, pieces))
+      x, kv = jax.lax.scan(remat(body, policy), x, (states, pieces))
       collected.append(kv)
     k, v = (jnp.concatenate(parts) for parts in zip(*collected))
     return self.norm(x), KVCache(k, v)

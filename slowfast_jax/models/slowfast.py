@@ -28,6 +28,7 @@ from slowfast_jax.models.decoder import (
 from slowfast_jax.models.hybrid import HybridAdapter, HybridConfig, SlowKV, SlowQuery, slow_query
 from slowfast_jax.models.layers import layer_of, stack
 from slowfast_jax.models.projector import Projector, projector_depth
+from slowfast_jax.models.remat import remat
 from slowfast_jax.models.vision import VisionConfig, make_vision
 from slowfast_jax.shapes import FAST, Batch
 from slowfast_jax.sharding import constrain
@@ -105,6 +106,8 @@ class SlowFast(nnx.Module):
     frames: UInt8[Array, "B F h w C"],
     dtype: jnp.dtype,
     frame_chunk: int | None = None,
+    *,
+    policy: str = "none",
   ) -> Float[Array, "B F P D"]:
     """Slow tokens of uint8 frames: normalise, encode, project, and pool if it is a video.
 
@@ -114,6 +117,7 @@ class SlowFast(nnx.Module):
       frame_chunk: encode so many frames at a time, and again in the backward pass: the memory of
         the encoder is that of a chunk. It should divide B x F, else the frames are copied once to
         fill the last chunk. None: all at once.
+      policy: what the backward pass keeps of each block, a name of `remat.REMAT`.
 
     Raises:
       ValueError: `frame_chunk` is below 1.
@@ -124,7 +128,10 @@ class SlowFast(nnx.Module):
     def normalise(frames: UInt8[Array, "B h w C"]) -> Float[Array, "B h w C"]:
       return ((frames.astype(jnp.float32) / 255.0 - mean) / std).astype(dtype)
 
-    return self._encode(frames, lambda frames: self.vision(normalise(frames)), frame_chunk)
+    def encoder(frames: UInt8[Array, "B h w C"]) -> Float[Array, "B P E"]:
+      return self.vision(normalise(frames), policy=policy)
+
+    return self._encode(frames, encoder, frame_chunk)
 
   def encode_pixels(
     self, pixels: Float[Array, "B F h w C"], frame_chunk: int | None = None
@@ -161,13 +168,20 @@ class SlowFast(nnx.Module):
     spliced = jnp.take_along_axis(flat, rank[:, :, None], axis=1)
     return jnp.where((kind == FAST)[:, :, None], spliced, text)
 
-  def slow_kv(self, slow: Float[Array, "B F P D"]) -> SlowKV | None:
+  def slow_kv(self, slow: Float[Array, "B F P D"], *, policy: str = "none") -> SlowKV | None:
     """Keys and values of the slow tokens at every hybrid layer."""
-    if self.adapters is None:
+    adapters = self.adapters
+    if adapters is None:
       return None
     flat = constrain(einops.rearrange(slow, "B F P D -> B (F P) D"), "batch", "slow")
+
+    def keys_values(flat: Array, i: int, depth: int) -> tuple[Array, Array]:
+      norm = layer_of(self.decoder.layers, depth).input_norm
+      return layer_of(adapters, i).keys_values(flat, norm)
+
     pairs = [
-      layer_of(self.adapters, i).keys_values(flat, layer_of(self.decoder.layers, depth).input_norm)
+      # The normalised slow tokens are as many as the slow tokens, at each hybrid layer.
+      remat(functools.partial(keys_values, i=i, depth=depth), policy)(flat)
       for i, depth in enumerate(self.cfg.hybrid_layers)
     ]
     return SlowKV(*(jnp.stack(part) for part in zip(*pairs)))
@@ -185,21 +199,21 @@ class SlowFast(nnx.Module):
     return {depth: reader(i) for i, depth in enumerate(self.cfg.hybrid_layers)}
 
   def __call__(
-    self, batch: Batch, *, dtype: jnp.dtype = jnp.float32, remat: bool = False
+    self, batch: Batch, *, dtype: jnp.dtype = jnp.float32, policy: str = "none"
   ) -> Float[Array, "B T D"]:
     """Last hidden states of a batch, as training sees them."""
-    return self.forward(batch, self.encode(batch.frames, dtype), remat=remat)
+    return self.forward(batch, self.encode(batch.frames, dtype, policy=policy), policy=policy)
 
   def forward(
-    self, batch: Batch, slow: Float[Array, "B F P D"], *, remat: bool = False
+    self, batch: Batch, slow: Float[Array, "B F P D"], *, policy: str = "none"
   ) -> Float[Array, "B T D"]:
     """Last hidden states, given the slow tokens."""
     fast = compress(slow, batch.pooling, self.cfg.compressor.spatial_stride)
     x = self.embed(batch.tokens, batch.kind, fast)
     query = self.query(batch, slow.shape[2])
-    readers = self.readers(self.slow_kv(slow), query)
+    readers = self.readers(self.slow_kv(slow, policy=policy), query)
     mask = causal_mask(batch.segments)
-    hidden, _ = self.decoder(x, batch.positions, mask, readers=readers, remat=remat)
+    hidden, _ = self.decoder(x, batch.positions, mask, readers=readers, policy=policy)
     return hidden
 
   def query(self, batch: Batch, tokens_per_frame: int) -> SlowQuery:

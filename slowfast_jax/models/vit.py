@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from slowfast_jax.models.layers import LayerNorm, Projection, make_param, stack, unstack
+from slowfast_jax.models.remat import keep, remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +88,8 @@ class ViTBlock(nnx.Module):
   def __init__(self, cfg: ViTConfig, *, rngs: nnx.Rngs):
     E, N, M = cfg.width, cfg.num_heads, cfg.mlp_width
     H = E // N
-    gain = (
-      2 * cfg.num_layers
-    ) ** -0.5  # As in the decoder: the branches together add one variance.
+    # As in the decoder: the branches together add one variance.
+    gain = (2 * cfg.num_layers) ** -0.5
     self.family = cfg.family
     self.norm1 = LayerNorm(E, eps=cfg.norm_eps, rngs=rngs)
     axes = ("embed", "heads", None)
@@ -107,7 +107,8 @@ class ViTBlock(nnx.Module):
 
   def __call__(self, x: Float[Array, "B P E"]) -> Float[Array, "B P E"]:
     y = self.norm1(x)
-    x = x + self.out(jax.nn.dot_product_attention(self.q(y), self.k(y), self.v(y)))
+    q, k, v = keep(self.q(y), "queries"), keep(self.k(y), "keys"), keep(self.v(y), "values")
+    x = x + self.out(keep(jax.nn.dot_product_attention(q, k, v), "attention"))
     return x + self.fc2(self._gelu(self.fc1(self.norm2(x))))
 
   def _gelu(self, x):
@@ -136,7 +137,10 @@ class ViT(nnx.Module):
     # Blocks behind the selected hidden state would never run, so they do not exist.
     self.blocks = stack(lambda r: ViTBlock(cfg, rngs=r), cfg.num_blocks, rngs=rngs)
 
-  def __call__(self, frames: Float[Array, "B h w C"]) -> Float[Array, "B P E"]:
+  def __call__(
+    self, frames: Float[Array, "B h w C"], *, policy: str = "none"
+  ) -> Float[Array, "B P E"]:
+    """Tokens of frames; `policy` is what the backward pass keeps of each block."""
     side, p = self.cfg.side, self.cfg.patch_size
     patches = einops.rearrange(
       frames[:, : side * p, : side * p], "B (y h) (x w) C -> B (y x) h w C", h=p, w=p
@@ -149,5 +153,6 @@ class ViT(nnx.Module):
     if self.pre_norm is not None:
       x = self.pre_norm(x)
     graphdef, states = unstack(self.blocks, 0, self.cfg.num_blocks)
-    x, _ = jax.lax.scan(lambda x, state: (nnx.merge(graphdef, state)(x), None), x, states)
+    block = remat(lambda x, state: (nnx.merge(graphdef, state)(x), None), policy)
+    x, _ = jax.lax.scan(block, x, states)
     return x if self.class_token is None else x[:, 1:]

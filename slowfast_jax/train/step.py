@@ -44,14 +44,14 @@ def init_state(
 
 
 def make_train_step(
-  cfg: SlowFastConfig, optimizer_config: OptimizerConfig, *, dtype: jnp.dtype, remat: bool
+  cfg: SlowFastConfig, optimizer_config: OptimizerConfig, *, dtype: jnp.dtype, remat: str
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
   """`(state, batch) -> (state, metrics)`."""
   graphdef, optimizer = graphdef_of(cfg), make_optimizer(optimizer_config)
 
   def loss_fn(learning: nnx.State, frozen: nnx.State, batch: Batch):
     model = nnx.merge(graphdef, learning, frozen)
-    hidden = model(batch, dtype=dtype, remat=remat)
+    hidden = model(batch, dtype=dtype, policy=remat)
     return next_token_loss(model.decoder.logits(hidden), batch.targets, batch.loss_weights)
 
   def train_step(state: TrainState, batch: Batch):

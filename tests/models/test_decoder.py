@@ -69,13 +69,13 @@ def test_recomputing_in_the_backward_pass_changes_nothing(decoder):
   graphdef, params = nnx.split(decoder)
   mask = causal_mask(SEGMENTS)
 
-  def loss(params, x, remat):
-    hidden, _ = nnx.merge(graphdef, params)(x, POSITIONS, mask, readers=READERS, remat=remat)
+  def loss(params, x, policy):
+    hidden, _ = nnx.merge(graphdef, params)(x, POSITIONS, mask, readers=READERS, policy=policy)
     return jnp.sum(jnp.sin(hidden))
 
   programs = [
-    jax.jit(jax.value_and_grad(lambda p, x, r=r: loss(p, x, r), argnums=(0, 1)))
-    for r in (False, True)
+    jax.jit(jax.value_and_grad(lambda p, x, policy=policy: loss(p, x, policy), argnums=(0, 1)))
+    for policy in ("none", "full")
   ]
   # One for each hybrid layer, one for the plain layers before, one for those between.
   assert [str(p.trace(params, X).jaxpr).count("= remat2[") for p in programs] == [0, 4]

@@ -108,7 +108,7 @@ def test_packed_samples_give_the_logits_and_gradients_that_they_give_alone(data)
 
   def loss(params, batch):
     model = nnx.merge(graphdef, params)
-    logits = model.decoder.logits(model(batch, dtype=jnp.float32, remat=False))
+    logits = model.decoder.logits(model(batch, dtype=jnp.float32))
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)
     return -jnp.sum(picked[..., 0] * batch.loss_weights), logits
 

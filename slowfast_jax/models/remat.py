@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the backward pass finds in memory of a layer, and what it computes again.
+
+Each layer of the decoder and each block of the encoder is wrapped by `remat`. A policy changes
+memory and time, never results.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from slowfast_jax.errors import UserError
+
+T = TypeVar("T")
+
+# What `keep` marks: the inputs and the output of attention. They are a tenth of what a layer
+# computes, and cost the most to compute again.
+KEPT = ("queries", "keys", "values", "attention")
+
+_policies = jax.checkpoint_policies
+
+# By name, from most memory to least:
+#   none     everything is kept;
+#   dots     results of matrix products with weights are kept, the rest is computed again;
+#   minimal  inputs and outputs of attention are kept, norms and MLPs are computed again;
+#   offload  the same, and what is kept waits in the host's memory;
+#   full     nothing is kept but the layers' inputs.
+_POLICIES = {
+  "none": None,
+  "dots": _policies.dots_with_no_batch_dims_saveable,
+  "minimal": _policies.save_only_these_names(*KEPT),
+  "offload": _policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=list(KEPT),
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
+  "full": _policies.nothing_saveable,
+}
+REMAT = tuple(_POLICIES)
+
+
+def remat(function: Callable[..., T], policy: str) -> Callable[..., T]:
+  """The function, of which the backward pass finds what the policy keeps; one of REMAT.
+
+  Raises:
+    UserError: there is no such policy.
+  """
+  if policy not in _POLICIES:
+    raise UserError(f"train.remat must be one of {REMAT}, got {policy!r}.")
+  if policy == "none":
+    return function
+  return jax.checkpoint(function, policy=_POLICIES[policy])
+
+
+def keep(x: Float[Array, "..."], name: str) -> Float[Array, "..."]:
+  """Marks an array that the policies "minimal" and "offload" keep; the name is one of KEPT."""
+  return checkpoint_name(x, name)
