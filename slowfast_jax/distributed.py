@@ -34,7 +34,7 @@ def initialize() -> None:
   given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
   if given:
     jax.distributed.initialize(*_parse(given))
-  elif "tpu" in (jax.config.values["jax_platforms"] or ""):  # JAX sets it where the machine has TPUs.
+  elif "tpu" in (jax.config.values["jax_platforms"] or ""):  # So JAX marks a machine with TPUs.
     try:
       jax.distributed.initialize()
     except ValueError:  # Nothing says that there are others: one machine with TPUs of its own.
