@@ -50,6 +50,9 @@ def get_config(stage: str = "slow_fast") -> ml_collections.ConfigDict:
   c.data.buckets = ()  # Smaller shapes: (num_frames, decoder_length, text_bound, batch_size).
   c.data.targets = "assistant"
   c.data.read_threads = 2
+  c.data.workers = 0  # Processes that read, each with read_threads; 0: this one does.
+  c.data.random_offset = False  # Of longer records, other frames in every epoch.
+  c.data.max_failure_rate = 0.1  # Of the latest thousand samples; more end the run.
 
   c.optimizer = ml_collections.ConfigDict()
   c.optimizer.learning_rate = 2e-3

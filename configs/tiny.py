@@ -41,6 +41,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.buckets = ()
   c.data.targets = "assistant"
   c.data.read_threads = 2
+  c.data.workers = 0
+  c.data.random_offset = False
+  c.data.max_failure_rate = 0.1
 
   c.optimizer = ml_collections.ConfigDict()
   c.optimizer.learning_rate = 1e-2

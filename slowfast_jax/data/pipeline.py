@@ -14,24 +14,25 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import grain
+import jax
 import numpy as np
-from absl import logging
+from absl import flags
 from jaxtyping import Int
 
+from slowfast_jax.data.augment import offset_frames, sample_seed
 from slowfast_jax.data.chat import SYSTEM_PROMPT, encode_chat
+from slowfast_jax.data.failures import Failure, FailureCounter
 from slowfast_jax.data.mixture import SampleOrder
 from slowfast_jax.data.needs import TextSource, count_lengths
 from slowfast_jax.data.packing import Geometry, Sample, build_row, collate, empty_row
 from slowfast_jax.data.records import Record, decode_frames
 from slowfast_jax.data.rows import Bucket, Rows, Schedule, plan_rows, single_rows
 from slowfast_jax.data.tokenizer import Tokenizer
+from slowfast_jax.data.workers import follow_parent
 from slowfast_jax.errors import UserError
 from slowfast_jax.shapes import Batch
 
 __all__ = ["Bucket", "Failure", "SampleOrder", "Source", "TrainPipeline"]
-
-# So many bad samples in a row are no accident: the records do not fit the configuration.
-FAILURES_IN_A_ROW = 32
 
 
 @runtime_checkable
@@ -44,27 +45,6 @@ class Source(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Failure:
-  """A sample that could not be used; its place in the batch is padding.
-
-  Attributes:
-    position: of its row in the endless stream, from 0 at step 0; of its bucket, if there are some.
-    record: number of the record in its source.
-    conversation: number of the conversation in the record.
-    id: of the record; empty where it could not even be read.
-    reason: the error's message.
-    source: path of the records, if there are several.
-  """
-
-  position: int
-  record: int
-  conversation: int
-  id: str
-  reason: str
-  source: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
 class _Loaded:
   """A sample, or the failure that it is; of a sample, what its failure would be called."""
 
@@ -72,6 +52,7 @@ class _Loaded:
   sample: Sample | None = None
 
 
+@jax.tree_util.register_dataclass  # So that its arrays leave a worker process in shared memory.
 @dataclasses.dataclass(frozen=True)
 class _Row:
   """A row, and for each of its samples None or the failure; no batch, where a step has fewer."""
@@ -103,8 +84,6 @@ class TrainPipeline:
 
   Attributes:
     num_samples: conversations of all sources.
-    num_failures: samples so far, in the batches handed out, that could not be used.
-    failures: the first hundred of them.
     schedule: what every step holds.
   """
 
@@ -123,6 +102,9 @@ class TrainPipeline:
     weights: Sequence[float] | None = None,
     pack: bool = False,
     buckets: Sequence[Bucket] = (),
+    workers: int = 0,
+    random_offset: bool = False,
+    max_failure_rate: float = 1.0,
   ):
     """Prepares to read. Packing and buckets count the tokens of all samples first.
 
@@ -142,6 +124,11 @@ class TrainPipeline:
       pack: put several short samples in a row.
       buckets: smaller shapes, for the samples that fit them whole; the first that fits is taken.
         Each step has the shape of one bucket, which follows from its number alone.
+      workers: processes that read and build rows, each with `read_threads`; 0 = this one does.
+        Changes speed, never batches. A script needs `if __name__ == "__main__":` around its use.
+      random_offset: of records with more frames than a row takes, show some at a random offset,
+        another one in each epoch; see `offset_frames`.
+      max_failure_rate: the share of bad samples that ends the run, see `FailureCounter`.
     """
     self._buckets = [*buckets, Bucket(geometry, batch_size)]
     for bucket in self._buckets:
@@ -150,22 +137,33 @@ class TrainPipeline:
           f"batch_size must be a positive multiple of the number of processes ({process_count}), "
           f"got {bucket.batch_size}."
         )
-    if seed < 0:
-      raise UserError(f"seed must not be negative, got {seed}.")
+    for name, value in {"seed": seed, "read_threads": read_threads, "workers": workers}.items():
+      if value < 0:
+        raise UserError(f"{name} must not be negative, got {value}.")
     self._sources = list(source) if isinstance(source, Sequence) else [source]
     if weights is None:
       weights = [float(len(source.index)) for source in self._sources]
     if len(weights) != len(self._sources):
       raise UserError(f"There are {len(self._sources)} sources and {len(weights)} weights.")
     self.num_samples = sum(len(source.index) for source in self._sources)
-    self.num_failures = 0
-    self.failures: list[Failure] = []
-    self._tokenizer, self._read_threads = tokenizer, read_threads
+    self._counter = FailureCounter(max_failure_rate)
+    self._tokenizer, self._read_threads, self._workers = tokenizer, read_threads, workers
+    self._seed, self._random_offset = seed, random_offset
     self._system, self._targets = system, targets
     self._process_index, self._process_count = process_index, process_count
     rows = [self._plan(source, pack, seed) for source in self._sources]
     batch_sizes = [bucket.batch_size for bucket in self._buckets]
     self.schedule = Schedule(rows, weights, batch_sizes, seed)
+
+  @property
+  def num_failures(self) -> int:
+    """Samples so far, in the batches handed out, that could not be used."""
+    return self._counter.total
+
+  @property
+  def failures(self) -> list[Failure]:
+    """The first hundred of them."""
+    return self._counter.first
 
   def _plan(self, source: Source, pack: bool, seed: int) -> list[Rows]:
     if not pack and len(self._buckets) == 1:
@@ -173,6 +171,9 @@ class TrainPipeline:
     if not isinstance(source, TextSource):
       raise UserError(f"{source} cannot tell its texts, which packing and buckets need.")
     lengths = count_lengths(source, self._tokenizer, self._system)
+    if self._random_offset:
+      shown = np.minimum(lengths.frames, self._num_frames)
+      lengths = dataclasses.replace(lengths, frames=shown)
     return plan_rows(lengths, [bucket.geometry for bucket in self._buckets], pack, seed)
 
   def iterate(self, start_step: int = 0) -> Iterator[Batch]:
@@ -187,11 +188,11 @@ class TrainPipeline:
     return batches
 
   def _batches(self, start_step: int) -> Generator[Batch, None, None]:
-    self._failed_in_a_row = 0
+    self._counter.restart()
     with contextlib.closing(iter(self._dataset(start_step))) as iterator:
       for batch, failures in iterator:
         for failure in failures:
-          self._count(failure)
+          self._counter.add(failure)
         yield batch
 
   def _dataset(self, start_step: int) -> grain.IterDataset:
@@ -201,11 +202,25 @@ class TrainPipeline:
     options = grain.ReadOptions(num_threads=self._read_threads, prefetch_buffer_size=buffered)
     dataset = grain.MapDataset.source(_LocalRows(rows, start_step)).map(self._load)
     dataset = dataset.to_iter_dataset(options)
+    if self._workers:
+      dataset = self._spread_over_workers(dataset, rows)
+    # Only now: batches that the workers make would depend on their number.
     dataset = dataset.batch(rows, drop_remainder=True, batch_fn=_collate)
-    if self._read_threads == 0:
+    if self._read_threads == self._workers == 0:
       return dataset
     # Collating copies every frame: one batch ahead, away from the thread that trains.
     return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
+
+  def _spread_over_workers(self, dataset: grain.IterDataset, rows: int) -> grain.IterDataset:
+    if not flags.FLAGS.is_parsed():  # Grain reads its own, which only absl's programs have parsed.
+      flags.FLAGS.mark_as_parsed()
+    ahead = max(rows // self._workers, 1)
+    options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=ahead)
+    return dataset.mp_prefetch(options, worker_init_fn=_begin_worker)
+
+  @property
+  def _num_frames(self) -> int:
+    return self._buckets[-1].geometry.num_frames
 
   def _local_rows(self, bucket: int) -> int:
     return self._buckets[bucket].batch_size // self._process_count
@@ -220,16 +235,21 @@ class TrainPipeline:
     row += self._process_index * local
     position = place.ordinal * self._buckets[place.bucket].batch_size + row
     source, numbers = self.schedule.row(place.bucket, position)
-    loaded = [self._load_sample(position, source, number) for number in numbers]
+    epoch = self.schedule.epoch(place.bucket, position)
+    loaded = [self._load_sample(position, source, number, epoch) for number in numbers]
     return self._build(loaded, self._buckets[place.bucket].geometry)
 
-  def _load_sample(self, position: int, source: int, number: int) -> _Loaded:
+  def _load_sample(self, position: int, source: int, number: int, epoch: int = 0) -> _Loaded:
     record_index, conversation = map(int, self._sources[source].index[number])
     path = str(getattr(self._sources[source], "path", "")) if len(self._sources) > 1 else ""
     failure = Failure(position, record_index, conversation, "", "", path)
     try:
       record = self._sources[source][record_index]
       failure = dataclasses.replace(failure, id=record.id)
+      if self._random_offset:
+        seed = sample_seed(self._seed, source, number, epoch)
+        chosen = offset_frames(len(record.frames), self._num_frames, seed)
+        record = dataclasses.replace(record, frames=[record.frames[i] for i in chosen])
       return _Loaded(failure, self._sample(record, conversation))
     except Exception as error:
       return _Loaded(dataclasses.replace(failure, reason=_reason(error)))
@@ -266,26 +286,6 @@ class TrainPipeline:
       return Sample(chat.ids, chat.loss_mask)
     return Sample(chat.ids, chat.loss_mask, (len(record.frames),), decode_frames(record))
 
-  def _count(self, failure: Failure | None) -> None:
-    if failure is None:
-      self._failed_in_a_row = 0
-      return
-    self.num_failures += 1
-    self._failed_in_a_row += 1
-    name = f"record {failure.record} ({failure.id or 'unreadable'})"
-    if failure.source:
-      name += f" of {failure.source}"
-    if len(self.failures) < 100:
-      self.failures.append(failure)
-      logging.warning(
-        "Left out %s, conversation %d: %s", name, failure.conversation, failure.reason
-      )
-    if self._failed_in_a_row == FAILURES_IN_A_ROW:
-      raise UserError(
-        f"{FAILURES_IN_A_ROW} samples in a row could not be used; the last was {name}, "
-        f"conversation {failure.conversation}: {failure.reason}"
-      )
-
 
 def _reason(error: Exception) -> str:
   return f"{type(error).__name__}: {error}"
@@ -293,7 +293,14 @@ def _reason(error: Exception) -> str:
 
 def _collate(rows: Sequence[_Row]) -> tuple[Batch, list[Failure | None]]:
   failures = [failure for row in rows for failure in row.failures]
-  return collate([row.batch for row in rows if row.batch is not None]), failures
+  # Views of the plain class: a worker's arrays carry their shared memory with them.
+  batches = [jax.tree.map(np.asarray, row.batch) for row in rows if row.batch is not None]
+  return collate(batches), failures
+
+
+def _begin_worker(index: int, count: int) -> None:
+  del index, count
+  follow_parent()  # Grain's own would outlive a trainer that is killed.
 
 
 def _close(batches: weakref.ref) -> None:

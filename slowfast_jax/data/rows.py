@@ -158,12 +158,20 @@ class Schedule:
 
   def row(self, bucket: int, position: int) -> tuple[int, list[int]]:
     """The source and the samples of a row, by its position in the endless stream of its bucket."""
-    which, draw = self._draws[bucket][position]
-    source = self._sources[bucket][which]
+    source, draw = self._draw(bucket, position)
     rows = self._rows[source][bucket]
     first = source == 0 and bucket == 0
     seed = self._seed if first else derive_seed(self._seed, 3, source, bucket)
     return source, rows[SampleOrder(len(rows), seed)[draw]]
+
+  def epoch(self, bucket: int, position: int) -> int:
+    """How often the source of a row was gone through before, for that bucket."""
+    source, draw = self._draw(bucket, position)
+    return draw // len(self._rows[source][bucket])
+
+  def _draw(self, bucket: int, position: int) -> tuple[int, int]:
+    which, draw = self._draws[bucket][position]
+    return self._sources[bucket][which], draw
 
 
 @dataclasses.dataclass(frozen=True)

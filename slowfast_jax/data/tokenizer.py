@@ -52,6 +52,10 @@ class Tokenizer:
     self.pad_id = self._special_id(_content(config.get("pad_token")) or END_OF_TEXT)
     self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
+  def __reduce__(self):
+    # Through __init__: a pickled backend forgets that special tokens in text are to stay text.
+    return Tokenizer, (self._backend, self._config)
+
   @classmethod
   def from_dir(cls, path: str | os.PathLike) -> "Tokenizer":
     """Loads the tokenizer of a Hugging Face folder.

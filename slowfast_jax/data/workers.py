@@ -157,8 +157,7 @@ def _cause_of_death(process: multiprocessing.process.BaseProcess) -> str:
 
 
 def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent acts.
-  threading.Thread(target=_die_with_parent, daemon=True).start()
+  follow_parent()
   connection.send(None)  # Ready: imports are done, so they do not count against a job's time.
   with contextlib.suppress(EOFError, OSError):  # The parent is gone.
     while True:
@@ -172,6 +171,12 @@ def _attempt(function: Callable[[Any], Any], job) -> Any:
     return Failure(str(error))
   except Exception as error:
     return Failure(f"{type(error).__name__}: {error}")
+
+
+def follow_parent() -> None:
+  """To be called in a worker process: it ends when its parent does, and only then."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent acts.
+  threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
 def _die_with_parent() -> None:

@@ -44,6 +44,7 @@ DONE, PREEMPTED = 0, 42
 MAY_CHANGE = (
   "train.steps", "train.log_every", "train.checkpoint_every", "train.keep", "train.remat",
   "mesh.", "data.records", "data.mixture", "data.tokenizer", "data.read_threads",
+  "data.workers", "data.max_failure_rate",
 )  # fmt: skip
 
 # progress(done, total, text); say(line).

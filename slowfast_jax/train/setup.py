@@ -111,6 +111,9 @@ def open_setup(config: ml_collections.ConfigDict) -> Setup:
     weights=weights,
     pack=c.data.get("pack", False),
     buckets=buckets,
+    workers=c.data.get("workers", 0),
+    random_offset=c.data.get("random_offset", False),
+    max_failure_rate=c.data.get("max_failure_rate", 1.0),
   )
   fingerprint = {
     "records": sum(map(len, sources)),

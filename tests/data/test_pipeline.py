@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import simplejpeg
 
+from slowfast_jax.data.failures import IN_A_ROW, WINDOW
 from slowfast_jax.data.packing import Geometry, collate
-from slowfast_jax.data.pipeline import FAILURES_IN_A_ROW, SampleOrder, TrainPipeline
+from slowfast_jax.data.pipeline import SampleOrder, TrainPipeline
 from slowfast_jax.data.records import Record
 from slowfast_jax.data.tokenizer import train_tokenizer
 from slowfast_jax.errors import UserError
@@ -217,15 +218,44 @@ def test_an_iterator_left_open_does_not_disturb_the_exit():
 def test_nothing_but_failures_is_an_error():
   small = dataclasses.replace(GEOMETRY, image_size=(4, 4))
   tested = pipeline(geometry=small, read_threads=2)
-  steps = FAILURES_IN_A_ROW // BATCH_SIZE
+  steps = IN_A_ROW // BATCH_SIZE
   with pytest.raises(UserError, match=r"samples in a row could not be used.*\(2, 4, 4, 3\), got"):
     take(tested.iterate(), steps)
 
 
-def test_scattered_failures_never_stop_a_run():
-  tested = pipeline(FakeSource(_2=damaged(2)))
-  take(tested.iterate(), 2 * FAILURES_IN_A_ROW)
-  assert tested.num_failures > FAILURES_IN_A_ROW
+def test_scattered_failures_stop_a_run_above_the_set_rate():
+  """Two samples of seven are bad: the 101st bad one is above a tenth of the window."""
+  steps = 2 * WINDOW // BATCH_SIZE
+  allowed = pipeline(FakeSource(_2=damaged(2), _3=damaged(3)), max_failure_rate=0.3)
+  take(allowed.iterate(), steps)
+  assert allowed.num_failures == pytest.approx(2 / 7 * steps * BATCH_SIZE, abs=4)
+  tested = pipeline(FakeSource(_2=damaged(2), _3=damaged(3)), max_failure_rate=0.1)
+  words = r"101 of the latest \d+ samples .*data.max_failure_rate = 0.1 of 1000.*\(video[23]\)"
+  with pytest.raises(UserError, match=words):
+    take(tested.iterate(), steps)
+  assert {failure.id for failure in tested.failures} == {"video2", "video3"}
+
+
+def test_a_rate_of_zero_stops_at_the_first_failure():
+  with pytest.raises(UserError, match="1 of the latest"):
+    take(pipeline(FakeSource(_2=damaged(2)), max_failure_rate=0.0).iterate(), 3)
+
+
+def test_without_random_offset_too_many_frames_are_an_error_and_with_it_a_choice():
+  def shade(i):
+    return simplejpeg.encode_jpeg(np.full((8, 8, 3), 30 * i, np.uint8), quality=95)
+
+  long = dataclasses.replace(record(2), frames=[shade(i) for i in range(8)])
+  source = FakeSource(**{f"_{i}": long for i in range(NUM_RECORDS)})
+  with pytest.raises(UserError, match="num_frames is 2 and the row needs 8"):
+    take(pipeline(source).iterate(), IN_A_ROW // BATCH_SIZE)
+  batches = take(pipeline(source, random_offset=True).iterate(), 50)
+  pairs = {
+    tuple(round(v / 30) for v in row) for b in batches for row in b.frames[:, :, 4, 4, 0].tolist()
+  }
+  assert pairs == {(i, i + 4) for i in range(4)}, "evenly spaced, from every offset"
+  again = take(pipeline(source, random_offset=True).iterate(start_step=30), 20)
+  assert_equal(again, batches[30:])
 
 
 def test_text_without_a_video_trains_too():
