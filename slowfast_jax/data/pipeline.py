@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import weakref
 from collections.abc import Generator, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
@@ -164,6 +164,31 @@ class TrainPipeline:
   def failures(self) -> list[Failure]:
     """The first hundred of them."""
     return self._counter.first
+
+  def empty_batches(self) -> list[Batch]:
+    """This process's rows without a sample: a batch of every shape that steps have."""
+    used = {bucket: self._buckets[bucket].geometry for bucket in self.schedule.used}
+    return [collate([empty_row(used[i])] * self._local_rows(i)) for i in used]
+
+  def records_of(self, step: int) -> list[dict[str, Any]]:
+    """Which records a step shows, of all processes together: source, record, conversation, id."""
+    place = self.schedule.place(step)
+    rows = self._buckets[place.bucket].batch_size
+    found: list[dict[str, Any]] = []
+    for position in range(place.ordinal * rows, (place.ordinal + 1) * rows):
+      source, numbers = self.schedule.row(place.bucket, position)
+      for number in numbers:
+        record, conversation = map(int, self._sources[source].index[number])
+        path = str(getattr(self._sources[source], "path", ""))
+        name = {"source": path, "record": record, "conversation": conversation}
+        found.append(name | {"id": self._id(source, record)})
+    return found
+
+  def _id(self, source: int, record: int) -> str:
+    try:
+      return self._sources[source][record].id
+    except Exception:  # Told by its number alone.
+      return ""
 
   def _plan(self, source: Source, pack: bool, seed: int) -> list[Rows]:
     if not pack and len(self._buckets) == 1:
