@@ -119,17 +119,20 @@ class Embedding(nnx.Module):
 def stack(make_layer: Callable[[nnx.Rngs], M], count: int, *, rngs: nnx.Rngs) -> M:
   """`count` layers as one module whose parameters have a leading "layers" axis."""
 
-  def one(key: Array) -> nnx.State:
-    return nnx.state(make_layer(nnx.Rngs(key)))
+  structures: list[nnx.GraphDef] = []
 
-  layer = nnx.eval_shape(lambda: make_layer(nnx.Rngs(0)))
+  def one(key: Array) -> nnx.State:
+    graphdef, state = nnx.split(make_layer(nnx.Rngs(key)))
+    structures.append(graphdef)
+    return state
+
   stacked = jax.vmap(one)(jax.random.split(rngs.params(), count))
   named = jax.tree.map(
     lambda p: p.replace(axes=("layers", *p.get_metadata()["axes"])),
     stacked,
     is_leaf=lambda p: isinstance(p, nnx.Variable),
   )
-  return nnx.merge(nnx.graphdef(layer), named)
+  return nnx.merge(structures[0], named)
 
 
 def unstack(layers: M, start: int, stop: int) -> tuple[nnx.GraphDef[M], nnx.State]:

@@ -271,6 +271,7 @@ def map_in_chunks(
   return einops.rearrange(done, "size n ... -> (size n) ...")[: len(xs)]
 
 
+@functools.cache
 def graphdef_of(cfg: SlowFastConfig) -> nnx.GraphDef:
   """The structure of `SlowFast(cfg)` without its arrays, for `nnx.merge`."""
   return nnx.graphdef(nnx.eval_shape(lambda: SlowFast(cfg, rngs=nnx.Rngs(0))))
