@@ -7,6 +7,7 @@ Programs are compiled for buckets of shapes, so another question rarely compiles
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,16 +82,16 @@ class Engine:
     self.stop_ids = _stop_ids(export)
     self.max_length = export.max_length
     self._mesh, self._batch_size = mesh, batch_size
-    self._dtype = jnp.dtype(dtype)
+    self.dtype = jnp.dtype(dtype)
     params = export.params
     self.params = params if mesh is None else jax.device_put(params, state_shardings(params, mesh))
     self._graphdef = graphdef_of(export.model)
-    self._encode = self._compile(programs.encode_video, static=("dtype", "frame_chunk"))
-    self._forward = self._compile(programs.forward)
-    self._scores = self._compile(programs.scores, static=("count",))
-    self._prefill = self._compile(programs.prefill, static=("max_new_tokens",))
-    self._decode = self._compile(programs.decode, donate=("state",))
-    self._attend = self._compile(attend, static=("tokens_per_frame",))
+    self._encode = self.compiled(programs.encode_video, static=("dtype", "frame_chunk"))
+    self._forward = self.compiled(programs.forward)
+    self._scores = self.compiled(programs.scores, static=("count",))
+    self.prefill = self.compiled(programs.prefill, static=("max_new_tokens", "cache_length"))
+    self._decode = self.compiled(programs.decode, donate=("state",))
+    self._attend = self.compiled(attend, static=("tokens_per_frame",))
 
   @property
   def tokenizer(self) -> Tokenizer:
@@ -105,16 +106,22 @@ class Engine:
       )
     return self.export.tokenizer
 
-  def _compile(
-    self, program: Callable, static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
+  def compiled(
+    self,
+    program: Callable,
+    static: tuple[str, ...] = (),
+    donate: tuple[str, ...] = (),
+    out_shardings: Any = None,
   ) -> Callable:
-    """The program as a function of its keywords, compiled for each bucket that it meets."""
+    """A program (model, ...) as a function of its keywords, compiled for each bucket it meets."""
 
     def run(params, **arguments):
       return program(nnx.merge(self._graphdef, params), **arguments)
 
     run.__name__ = program.__name__  # The name in profiles and compilation logs.
-    jitted = jax.jit(run, static_argnames=static, donate_argnames=donate)
+    jitted = jax.jit(
+      run, static_argnames=static, donate_argnames=donate, out_shardings=out_shardings
+    )
     bound = functools.partial(jitted, self.params)
     if self._mesh is None:
       return bound
@@ -148,23 +155,38 @@ class Engine:
         f"got {list(frames.shape)}."
       )
     count = len(frames)
-    padded = count if count == self.export.video.num_frames else bucket(count)
-    compressor = self.export.model.compressor
-    strides = (compressor.sampling_stride, compressor.temporal_stride, compressor.min_fast_frames)
-    map_QF = pooling_matrix(count, *strides)
-    pooling = np.zeros((len(pooling_matrix(padded, *strides)), padded), np.float32)
+    padded, map_QF = self._padded_frames(count), self._pooling(count)
+    pooling = np.zeros((len(self._pooling(padded)), padded), np.float32)
     pooling[: len(map_QF), :count] = map_QF
     frames = np.concatenate([frames, np.zeros((padded - count, *frames.shape[1:]), frames.dtype)])
     slow, fast, kv = self._encode(
-      frames=self._place(frames, "frames"),
+      frames=self.place(frames, "frames"),
       pooling=pooling,
       zero_slow=np.bool_(zero_slow),
-      dtype=self._dtype,
+      dtype=self.dtype,
       frame_chunk=ENCODED_FRAMES * (1 if self._mesh is None else self._mesh.size),
     )
-    slow, fast = self._place(slow, None, "slow"), self._place(fast)
-    kv = jax.tree.map(lambda x: self._place(x, None, None, "slow", "heads"), kv)
+    slow, fast = self.place(slow, None, "slow"), self.place(fast)
+    kv = jax.tree.map(lambda x: self.place(x, None, None, "slow", "heads"), kv)
     return VideoSession(slow, fast, kv, count, fast.shape[1] // len(pooling) * len(map_QF))
+
+  def _padded_frames(self, count: int) -> int:
+    return count if count == self.export.video.num_frames else bucket(count)
+
+  def _pooling(self, count: int) -> Float32[np.ndarray, "Q F"]:
+    c = self.export.model.compressor
+    return pooling_matrix(count, c.sampling_stride, c.temporal_stride, c.min_fast_frames)
+
+  def media_size(self, num_frames: int) -> tuple[int, int]:
+    """Fast and slow tokens of so many frames, padding included. Nothing is computed."""
+    padded, size = self._padded_frames(num_frames), self.export.model.vision.image_size
+    slow, fast, _ = jax.eval_shape(
+      functools.partial(self._encode, dtype=self.dtype, frame_chunk=ENCODED_FRAMES),
+      frames=jax.ShapeDtypeStruct((padded, size, size, 3), np.uint8),
+      pooling=jax.ShapeDtypeStruct(self._pooling(padded).shape, np.float32),
+      zero_slow=jax.ShapeDtypeStruct((), np.bool_),
+    )
+    return fast.shape[1], slow.shape[1] * slow.shape[2]
 
   def prompt_ids(self, question: str | Sequence[Turn], sessions: Sessions) -> list[int]:
     """Token ids of a question, or of a conversation that ends with one."""
@@ -206,6 +228,7 @@ class Engine:
     *,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     seed: int | Sequence[int] = 0,
     decode_cross_attention: bool = True,
   ) -> list[list[int]]:
@@ -219,6 +242,7 @@ class Engine:
       max_new_tokens: at most so many.
       temperature: 0 is greedy.
       top_p: draw from the likeliest tokens, which together have this probability.
+      top_k: draw from so many of the likeliest tokens; 0: from all.
       seed: of the draws; or one a prompt. A sample depends on its prompt and seed alone.
       decode_cross_attention: new tokens read slow tokens, as in training; False is what the
         released code does.
@@ -228,15 +252,8 @@ class Engine:
     """
     if not prompts:
       return []
-    run = self._start(
-      prompts,
-      sessions,
-      max_new_tokens,
-      temperature=temperature,
-      top_p=top_p,
-      seed=seed,
-      decode_cross_attention=decode_cross_attention,
-    )
+    sampling = make_sampling(len(prompts), temperature, top_p, top_k, seed)
+    run = self._start(prompts, sessions, max_new_tokens, sampling, decode_cross_attention)
     self._advance(run, max_new_tokens)
     return self._new_ids(run)
 
@@ -245,12 +262,22 @@ class Engine:
     questions: Sequence[str | Sequence[Turn]],
     sessions: Sequence[Sessions],
     max_new_tokens: int = 256,
-    **options,
+    *,
+    stop: Sequence[str] = (),
+    **options: Any,
   ) -> list[str]:
-    """The replies as text; `options` as in `generate`."""
+    """The replies as text.
+
+    Args:
+      questions: or conversations that end with one.
+      sessions, max_new_tokens: as in `generate`.
+      stop: a reply ends before the first of these strings.
+      **options: as in `generate`.
+    """
     prompts = [self.prompt_ids(question, s) for question, s in zip(questions, sessions)]
+    texts = [TextPieces(self.tokenizer, stop) for _ in prompts]
     replies = self.generate(prompts, sessions, max_new_tokens, **options)
-    return [self.tokenizer.decode(ids) for ids in replies]
+    return [text.update(ids, final=True) for text, ids in zip(texts, replies)]
 
   def stream(
     self,
@@ -260,7 +287,9 @@ class Engine:
     *,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     seed: int = 0,
+    stop: Sequence[str] = (),
     decode_cross_attention: bool = True,
   ) -> Iterator[str]:
     """Pieces of the reply as they come; together they are what `answer` returns.
@@ -268,25 +297,18 @@ class Engine:
     Raises:
       UserError: the prompt is longer than the model's maximum: cut, it would have no question.
     """
-    pieces = TextPieces(self.tokenizer)
+    pieces = TextPieces(self.tokenizer, stop)
     ids = self.prompt_ids(question, sessions)
-    self._check_length(ids, as_tuple(sessions))
-    run = self._start(
-      [ids],
-      [sessions],
-      max_new_tokens,
-      temperature=temperature,
-      top_p=top_p,
-      seed=seed,
-      decode_cross_attention=decode_cross_attention,
-    )
+    self.check_length(ids, sessions)
+    sampling = make_sampling(1, temperature, top_p, top_k, seed)
+    run = self._start([ids], [sessions], max_new_tokens, sampling, decode_cross_attention)
     for limit in [*range(1, max_new_tokens, STREAM_STEPS), max_new_tokens]:
       self._advance(run, limit)
       (ids,) = self._new_ids(run)
       final = limit == max_new_tokens or len(ids) < limit or ids[-1] in self.stop_ids
       if piece := pieces.update(ids, final):
         yield piece
-      if final:
+      if final or pieces.stopped:
         return
 
   def slow_attention(
@@ -336,11 +358,16 @@ class Engine:
     """The arrays of a batch, padded to its bucket."""
     if len(prompts) != len(sessions):
       raise UserError(f"Expected one session a prompt, got {len(sessions)} and {len(prompts)}.")
-    rows = bucket(len(prompts), least_rows)
-    shards = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-    rows = -(-rows // shards) * shards
-    model = self.export.model
     media = [join(as_tuple(s)) for s in sessions]
+    return self.build_rows(prompts, media, bucket(len(prompts), least_rows))
+
+  def build_rows(
+    self, prompts: Sequence[Sequence[int]], media: Sequence[RowMedia | None], least_rows: int
+  ) -> tuple[Prompts, Visual]:
+    """As `build`, of what each row sees; at least so many rows, by steps that fit the mesh."""
+    shards = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+    rows = -(-max(least_rows, len(prompts)) // shards) * shards
+    model = self.export.model
     built = build_prompts(
       prompts,
       [() if m is None else m.num_fast for m in media],
@@ -351,55 +378,64 @@ class Engine:
       max_length=self.max_length,
     )
     visual = self._visual([*media, *[None] * (rows - len(media))], built)
-    return jax.tree.map(lambda array: self._place(array, "batch"), built), visual
+    return jax.tree.map(lambda array: self.place(array, "batch"), built), visual
 
   def _visual(self, media: Sequence[RowMedia | None], built: Prompts) -> Visual:
     """The visual arrays of all rows, padded to the longest."""
     # A row that was cut before its first video reads nothing.
     shown = (built.kind == FAST).any(axis=1)
     num_slow = np.array([0 if m is None else m.num_slow for m in media], np.int32) * shown
-    kv = None
+    kv: SlowKV | None = None
+    fast: Any
     if all(m is None for m in media):
-      fast = jnp.zeros((len(media), 1, self.export.model.decoder.width), self._dtype)
+      fast = np.zeros((len(media), 1, self.export.model.decoder.width), self.dtype)
     else:
       fast = stack_rows([None if m is None else m.fast for m in media], axis=0)
       pairs = [None if m is None else m.kv for m in media]
       if any(pair is not None for pair in pairs):
         k = stack_rows([None if p is None else p.k for p in pairs], axis=1)
         v = stack_rows([None if p is None else p.v for p in pairs], axis=1)
-        kv = SlowKV(*(self._place(x, None, "batch", "slow", "heads") for x in (k, v)))
-    return Visual(self._place(fast, "batch"), kv, self._place(num_slow, "batch"))
+        kv = SlowKV(*(self.place(x, None, "batch", "slow", "heads") for x in (k, v)))
+    return Visual(self.place(fast, "batch"), kv, self.place(num_slow, "batch"))
 
-  def _check_length(self, ids: Sequence[int], sessions: Sequence[VideoSession]) -> None:
-    num_fast = sum(s.num_fast for s in sessions)
-    length = len(ids) - len(sessions) + num_fast
+  def check_length(self, ids: Sequence[int], sessions: Sessions) -> int:
+    """Positions of a prompt.
+
+    Raises:
+      UserError: they are more than the model has.
+    """
+    media = as_tuple(sessions)
+    num_fast = sum(s.num_fast for s in media)
+    length = len(ids) - len(media) + num_fast
     if self.max_length is not None and length > self.max_length:
       raise UserError(
         f"The prompt takes {length} positions, {num_fast} of them for videos and images, and the "
         f"model has {self.max_length}; write a shorter question or take fewer frames."
       )
+    return length
 
-  def _place(self, array: Array | np.ndarray, *axes: str | None) -> Array:
+  def place(self, array: Array | np.ndarray, *axes: str | None) -> Array:
     """Puts an array where its first axes, by their logical names, belong on the mesh."""
     if self._mesh is None:
       return jax.device_put(array)
     named = (*axes, *[None] * (array.ndim - len(axes)))
     return jax.device_put(array, sharding_of(named, array.shape, self._mesh))
 
-  def _start(
-    self, prompts, sessions, max_new_tokens, *, temperature, top_p, seed, decode_cross_attention
-  ) -> _Run:
+  def _start(self, prompts, sessions, max_new_tokens, sampling, decode_cross_attention) -> _Run:
     if max_new_tokens < 1:
       raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     built, visual = self.build(prompts, sessions, self._batch_size)
-    rows = len(built.lengths)
-    sampling = make_sampling(rows, len(prompts), temperature, top_p, seed)
-    state = self._prefill(
+    rows, T = built.tokens.shape
+    # Rows of padding are greedy.
+    sampling = jax.tree.map(lambda x: np.pad(x, (0, rows - len(x))), sampling)
+    room = bucket(max_new_tokens, 16)
+    state = self.prefill(
       prompts=built,
       visual=visual,
       sampling=sampling,
       stop_ids=np.array(self.stop_ids, np.int32),
-      max_new_tokens=bucket(max_new_tokens, 16),
+      max_new_tokens=room,
+      cache_length=T + room,
     )
     if not decode_cross_attention:
       visual = dataclasses.replace(visual, kv=None)
@@ -410,17 +446,14 @@ class Engine:
       state=run.state,
       visual=run.visual,
       sampling=run.sampling,
-      limit=np.int32(limit),
+      limits=np.full(len(run.sampling.seed), limit, np.int32),
+      steps=np.int32(limit),
       stop_ids=np.array(self.stop_ids, np.int32),
     )
 
   def _new_ids(self, run: _Run) -> list[list[int]]:
-    tokens, step = jax.device_get((run.state.tokens, run.state.step))
-    return [self._until_stop(row[:step].tolist()) for row in tokens[: run.count]]
-
-  def _until_stop(self, ids: list[int]) -> list[int]:
-    stops = [i for i, token in enumerate(ids) if token in self.stop_ids]
-    return ids[: stops[0] + 1] if stops else ids
+    tokens, counts = jax.device_get((run.state.tokens, run.state.counts))
+    return [row[:n].tolist() for row, n in zip(tokens[: run.count], counts)]
 
 
 def _stop_ids(export: Export) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from slowfast_jax.generate.prompts import Prompts
 from slowfast_jax.generate.sampling import Sampling, next_token
+from slowfast_jax.generate.sessions import fit
 from slowfast_jax.models.compressor import compress
 from slowfast_jax.models.decoder import KVCache, causal_mask
 from slowfast_jax.models.hybrid import SlowKV, SlowQuery
@@ -34,21 +35,21 @@ class Visual:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-  """Where generation stands.
+  """Where the rows of a batch stand, each for itself.
 
   Attributes:
     cache: keys and values of prompts and new tokens.
-    tokens: new tokens, `step` of them so far.
-    step: see `tokens`.
+    tokens: new tokens of each row, `counts` of them so far.
+    counts: see `tokens`.
     lengths: positions of each row's prompt.
-    done: rows that have produced a stop token.
+    stopped: rows that have produced a stop token, or are no prompt at all.
   """
 
   cache: KVCache
   tokens: Int[Array, "B new"]
-  step: Int[Array, ""]
+  counts: Int[Array, " B"]
   lengths: Int[Array, " B"]
-  done: Bool[Array, " B"]
+  stopped: Bool[Array, " B"]
 
 
 def encode_video(
@@ -122,27 +123,33 @@ def prefill(
   sampling: Sampling,
   stop_ids: Int[Array, " stops"],
   max_new_tokens: int,
+  cache_length: int,
 ) -> Decoding:
-  """Runs the prompts and takes the first new token of every row."""
-  B, T = prompts.tokens.shape
+  """Runs the prompts and takes the first new token of every row.
+
+  Args:
+    model, prompts, visual, sampling, stop_ids: what the arrays of a batch are made of.
+    max_new_tokens: room for new tokens.
+    cache_length: room for positions; prompts and their new tokens must fit.
+  """
   x = embed_prompts(model, prompts, visual)
-  positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-  cache = model.empty_cache(B, T + max_new_tokens, x.dtype)
-  query = query_of(prompts.text_index, visual)
-  hidden, cache = model.cached_step(x, positions, cache, visual.kv, query)
+  positions, mask = uncached(prompts)
+  readers = model.readers(visual.kv, query_of(prompts.text_index, visual))
+  hidden, kv = model.decoder(x, positions, mask, readers=readers)
   last = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
-  token = next_token(model.decoder.logits(last), sampling, 0)
-  tokens = jnp.zeros((B, max_new_tokens), jnp.int32).at[:, 0].set(token)
-  done = ~prompts.real | is_stop(token, stop_ids)
-  return Decoding(cache, tokens, jnp.ones((), jnp.int32), prompts.lengths, done)
+  token = next_token(model.decoder.logits(last), sampling, jnp.zeros_like(prompts.lengths))
+  tokens = jnp.zeros((len(token), max_new_tokens), jnp.int32).at[:, 0].set(token)
+  cache = jax.tree.map(lambda array: fit(array, 2, cache_length), kv)
+  stopped = ~prompts.real | is_stop(token, stop_ids)
+  return Decoding(cache, tokens, jnp.ones_like(prompts.lengths), prompts.lengths, stopped)
 
 
 def decode_logits(
   model: SlowFast, state: Decoding, visual: Visual
 ) -> tuple[Float[Array, "B V"], KVCache]:
-  """Scores of the token after the latest one, which is written into the cache."""
-  latest = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=1)
-  positions = state.lengths[:, None] + state.step - 1
+  """Scores of the token after each row's latest one, which is written into the cache."""
+  latest = jnp.take_along_axis(state.tokens, state.counts[:, None] - 1, axis=1)
+  positions = (state.lengths + state.counts - 1)[:, None]
   x = model.decoder.embed(latest, state.cache.k.dtype)
   # New tokens are text: they query under every query set.
   text_index = jnp.where(visual.num_slow > 0, 0, -1)[:, None]
@@ -156,20 +163,57 @@ def decode(
   state: Decoding,
   visual: Visual,
   sampling: Sampling,
-  limit: Int[Array, ""],
+  limits: Int[Array, " B"],
+  steps: Int[Array, ""],
   stop_ids: Int[Array, " stops"],
 ) -> Decoding:
-  """Takes new tokens until there are `limit` of them or every row is done."""
+  """Takes up to `steps` new tokens of every row that has not stopped or reached its limit."""
 
-  def body(state: Decoding) -> Decoding:
+  def active(state: Decoding) -> Bool[Array, " B"]:
+    return ~state.stopped & (state.counts < limits)
+
+  def body(carry: tuple[Array, Decoding]) -> tuple[Array, Decoding]:
+    i, state = carry
     logits, cache = decode_logits(model, state, visual)
-    token = next_token(logits, sampling, state.step)
-    tokens = jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.step, axis=1)
-    done = state.done | is_stop(token, stop_ids)
-    return Decoding(cache, tokens, state.step + 1, state.lengths, done)
+    token, live = next_token(logits, sampling, state.counts), active(state)
+    # A row that is finished writes outside of its tokens: nowhere.
+    column = jnp.where(live, state.counts, state.tokens.shape[1])
+    tokens = state.tokens.at[jnp.arange(len(token)), column].set(token, mode="drop")
+    stopped = state.stopped | (live & is_stop(token, stop_ids))
+    return i + 1, Decoding(cache, tokens, state.counts + live, state.lengths, stopped)
 
-  return jax.lax.while_loop(lambda s: (s.step < limit) & ~jnp.all(s.done), body, state)
+  def more(carry: tuple[Array, Decoding]) -> Bool[Array, ""]:
+    return (carry[0] < steps) & jnp.any(active(carry[1]))
+
+  return jax.lax.while_loop(more, body, (jnp.int32(0), state))[1]
 
 
 def is_stop(token: Int[Array, " B"], stop_ids: Int[Array, " stops"]) -> Bool[Array, " B"]:
   return jnp.isin(token, stop_ids)
+
+
+def insert(
+  state: Decoding, visual: Visual, row: Decoding, media: Visual, slot: Int[Array, ""]
+) -> tuple[Decoding, Visual]:
+  """Copies a batch of one, prefilled with the batch's room, into a row of a batch."""
+
+  def at(axis: int):
+    def put(old: Array, new: Array) -> Array:
+      # On a mesh there may be rows of padding.
+      first = jax.lax.slice_in_dim(new, 0, 1, axis=axis)
+      return jax.lax.dynamic_update_slice_in_dim(old, first.astype(old.dtype), slot, axis)
+
+    return put
+
+  cache = jax.tree.map(at(1), state.cache, row.cache)
+  rest = [
+    at(0)(getattr(state, name), getattr(row, name))
+    for name in ("tokens", "counts", "lengths", "stopped")
+  ]
+  kv = visual.kv
+  if kv is not None and media.kv is not None:
+    length = kv.k.shape[2]
+    fitted = jax.tree.map(lambda array: fit(array, 2, length), media.kv)
+    kv = jax.tree.map(at(1), kv, fitted)
+  num_slow = at(0)(visual.num_slow, media.num_slow)
+  return Decoding(cache, *rest), Visual(visual.fast, kv, num_slow)

@@ -2,8 +2,10 @@
 """Encoded videos and images, and the arrays of batches whose rows have any number of them."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -85,10 +87,20 @@ def join(sessions: Sequence[VideoSession]) -> RowMedia | None:
 def stack_rows(rows: Sequence[Array | None], axis: int) -> Array:
   """Arrays of batch size 1 along `axis`, the next axis padded to the longest; None is zeros."""
   some = [row for row in rows if row is not None]
+  if len(rows) == len(some) == 1:
+    return some[0]
   length = max(row.shape[axis + 1] for row in some)
   none = jnp.zeros((*some[0].shape[: axis + 1], length, *some[0].shape[axis + 2 :]), some[0].dtype)
   padded = [none if row is None else _pad(row, axis + 1, length) for row in rows]
   return jnp.concatenate(padded, axis=axis)
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "length"))
+def fit(array: Array, axis: int, length: int) -> Array:
+  """Padded with zeros, or cut, to `length` along `axis`."""
+  return _pad(
+    jax.lax.slice_in_dim(array, 0, min(length, array.shape[axis]), axis=axis), axis, length
+  )
 
 
 def _pad(array: Array, axis: int, length: int) -> Array:

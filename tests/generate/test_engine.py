@@ -37,18 +37,22 @@ def cached_logits(engine, prompts, sessions, replies, cross=True):
   """Scores of the token after each token of the replies, from the cache."""
   built, visual = engine.build(prompts, sessions)
   rows = len(built.lengths)
-  sampling = make_sampling(rows, len(prompts), 0.0, 1.0, 0)
-  state = engine._prefill(
-    prompts=built, visual=visual, sampling=sampling, stop_ids=np.array(NEVER), max_new_tokens=NEW
+  state = engine.prefill(
+    prompts=built,
+    visual=visual,
+    sampling=make_sampling(rows),
+    stop_ids=np.array(NEVER),
+    max_new_tokens=NEW,
+    cache_length=built.tokens.shape[1] + NEW,
   )
   tokens = np.zeros((rows, NEW), np.int32)
   tokens[: len(replies)] = replies
   if not cross:
     visual = dataclasses.replace(visual, kv=None)
-  step = engine._compile(programs.decode_logits)
+  step = engine.compiled(programs.decode_logits)
   found = []
   for i in range(1, NEW):
-    state = dataclasses.replace(state, tokens=jnp.asarray(tokens), step=jnp.int32(i))
+    state = dataclasses.replace(state, tokens=jnp.asarray(tokens), counts=jnp.full(rows, i))
     logits, cache = step(state=state, visual=visual)
     state = dataclasses.replace(state, cache=cache)
     found.append(np.asarray(logits))
