@@ -98,7 +98,11 @@ def check_make(command: str, folder: Folder) -> None:
   target = command.split()[1]
   last = {"demo": DEMO, "test": "python -m pytest -n 2 --dist loadfile", "lint": "mypy"}[target]
   plan = subprocess.run(
-    ["make", "-n", f"VENV={folder.path}/venv", target], cwd=ROOT, capture_output=True, text=True
+    # Started by `make test`, this make is an inner one and would say which folder it enters.
+    ["make", "--no-print-directory", "-n", f"VENV={folder.path}/venv", target],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
   )
   assert plan.returncode == 0, plan.stderr
   assert "-m venv" in plan.stdout
