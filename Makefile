@@ -7,11 +7,12 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN = $(VENV)/bin
 
-.PHONY: help demo test lint format
+.PHONY: help demo test test-beam lint format
 
 help:
 	@echo "make demo    install into $(VENV), then make videos, train and evaluate in runs/demo"
 	@echo "make test    install into $(VENV), then run the tests"
+	@echo "make test-beam  test preparing with Apache Beam, in an environment of its own"
 	@echo "make lint    formatting, lint and types"
 	@echo "make format  rewrite the files as lint wants them"
 
@@ -20,6 +21,15 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Beam holds other packages back, so it does not share an environment with the rest.
+test-beam: $(VENV)-beam/.installed
+	$(VENV)-beam/bin/python -m pytest tests/data/check_beam.py
+
+$(VENV)-beam/.installed: pyproject.toml
+	$(MAKE) --no-print-directory VENV=$(VENV)-beam $(VENV)-beam/bin/pip
+	$(VENV)-beam/bin/python -m pip install --quiet -e ".[dev,beam]"
+	@touch $@
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -3,13 +3,16 @@
 
 import argparse
 import pathlib
+import shlex
 import shutil
 
 from slowfast_jax.cli.progress import Progress
 from slowfast_jax.data.prepare import Report, prepare
+from slowfast_jax.data.prepare_beam import beam_runner
 from slowfast_jax.data.prepare_config import PrepareConfig
 from slowfast_jax.data.prepare_plan import format_plan, plan
-from slowfast_jax.errors import UserError
+from slowfast_jax.data.prepare_shards import make_locally
+from slowfast_jax.errors import UsageError, UserError
 
 HELP = "turn raw videos and their annotations into frame-sampled records"
 
@@ -20,6 +23,8 @@ EXAMPLES = """examples:
 
   slowfast prepare --videos a.tar.gz b.tar.gz --annotations train.json --output records/train
   slowfast prepare --videos clips/ --annotations train.json --output records/train --plan
+  slowfast prepare --videos /nfs/clips --annotations train.json --output /nfs/records \\
+      --runner beam --beam-options "--runner=FlinkRunner --flink_master=host:8081"
 
 The same command again resumes where a killed run stopped. Videos that cannot be read are left out
 and listed in OUTPUT/errors.jsonl; OUTPUT/report.json sums up. `slowfast inspect OUTPUT` shows what
@@ -66,7 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   add("--quality", type=int, default=default.quality, help="of the JPEG frames (%(default)s)")
   add("--shards", type=int, help="files (one for every 256 videos)")
-  add("--workers", type=int, help="processes (one for every core)")
+  add("--workers", type=int, help="processes (one for every core; with beam, for every shard)")
+  add(
+    "--runner",
+    choices=("local", "beam"),
+    default="local",
+    help="who does the work: this machine, or an Apache Beam pipeline (%(default)s)",
+  )
+  add("--beam-options", default="", metavar="WORDS", help="of --runner beam, in one string")
   add(
     "--on-error",
     default=default.on_error,
@@ -98,11 +110,14 @@ def run(args: argparse.Namespace) -> int:
     dedup=args.dedup,
     follow_links=args.follow_links,
   )
+  if args.beam_options and args.runner != "beam":
+    raise UsageError("--beam-options: is for --runner beam")
   if args.plan:
     print(format_plan(plan(args.videos, args.annotations, config)))
     return 0
+  runner = beam_runner(shlex.split(args.beam_options)) if args.runner == "beam" else make_locally
   with Progress("Preparing", "videos") as progress:
-    report = prepare(args.videos, args.annotations, args.output, config, progress)
+    report = prepare(args.videos, args.annotations, args.output, config, progress, runner)
   if args.report:
     _copy_report(pathlib.Path(args.output) / "report.json", pathlib.Path(args.report))
   print(_summary(report, args.output))

@@ -7,22 +7,21 @@ not on the number of workers, nor on how often the run was killed.
 """
 
 import dataclasses
-import functools
 import hashlib
 import math
 import os
 import pathlib
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from slowfast_jax.data.media import Media, Paths
 from slowfast_jax.data.prepare_config import PrepareConfig, PrepareError
 from slowfast_jax.data.prepare_folder import OutputFolder, Shard
-from slowfast_jax.data.prepare_items import error_entry, place_items, read_items
-from slowfast_jax.data.prepare_record import Item, Made, make
-from slowfast_jax.data.workers import Failure, Workers
+from slowfast_jax.data.prepare_items import place_items, read_items
+from slowfast_jax.data.prepare_record import Item
+from slowfast_jax.data.prepare_shards import MakeShards, make_locally
 from slowfast_jax.files import replace_json
 
 # About 500 MB at 32 frames of 384 px: few files, and little to do again after a kill.
@@ -46,7 +45,7 @@ class Report:
     errors: videos and annotations that were left out; `errors.jsonl` names them.
     duplicates: media files that hold the same bytes as another (with `dedup`).
     seconds: of this run.
-    cpu_seconds: of this run, all workers together.
+    cpu_seconds: of this run, all workers of this machine together.
     settings: what decided the content.
   """
 
@@ -70,6 +69,7 @@ def prepare(
   output: str | os.PathLike,
   config: PrepareConfig | None = None,
   progress: Progress | None = None,
+  make_shards: MakeShards = make_locally,
 ) -> Report:
   """Writes a records folder. The same call again resumes; see `slowfast_jax.data.records`.
 
@@ -80,13 +80,14 @@ def prepare(
     output: the records folder.
     config: how; None = the defaults.
     progress: called with (videos done, videos in all, errors so far) as work goes on.
+    make_shards: who does the work: this machine, or `prepare_beam.beam_runner`. Changes no byte.
 
   Raises:
     UserError: nothing could be prepared, more is broken than `config.on_error` allows, or `output`
       holds something else.
   """
   run = _Run(videos, annotations, config or PrepareConfig(), progress or (lambda *_: None))
-  return run(output)
+  return run(output, make_shards)
 
 
 class _Run:
@@ -99,7 +100,7 @@ class _Run:
     self._total = len(self._items) + len(self._errors)
     self._check_errors()
 
-  def __call__(self, output: str | os.PathLike) -> Report:
+  def __call__(self, output: str | os.PathLike, make_shards: MakeShards) -> Report:
     started, cpu = time.monotonic(), _cpu_seconds()
     with OutputFolder(output) as folder:
       self._items = place_items(self._items, self._media.open(folder.scratch), self._config.dedup)
@@ -108,7 +109,7 @@ class _Run:
       settings = self._settings()
       folder.adopt(settings, self._num_shards)
       try:
-        shards, resumed = self._make_shards(folder)
+        shards, resumed = self._finish(folder, make_shards)
         self._check_nothing_prepared(shards)
       finally:
         folder.write_errors(sorted(self._errors, key=lambda error: error["line"]))
@@ -146,52 +147,37 @@ class _Run:
   def _describe_media(self) -> str:
     return ", ".join(map(str, self._media.roots))
 
-  def _make_shards(self, folder: OutputFolder) -> tuple[list[Shard], int]:
+  def _finish(self, folder: OutputFolder, make_shards: MakeShards) -> tuple[list[Shard], int]:
+    """Has the shards made that are missing. Returns all, and how many were there before."""
     shards = {i: folder.finished(i) for i in range(self._num_shards)}
-    pending = [i for i, shard in shards.items() if shard is None]
-    done = len(self._items) - sum(len(self._items_of(i)) for i in pending)
+    pending = {i: self._items_of(i) for i, shard in shards.items() if shard is None}
+    self._done = len(self._items) - sum(map(len, pending.values()))
     for shard in shards.values():
       self._errors += shard.errors if shard else []
     self._check_errors()
-    self._progress(done, len(self._items), len(self._errors))
+    self._progress(self._done, len(self._items), len(self._errors))
     if pending:
       folder.unpublish()
-      jobs = [item for i in pending for item in self._items_of(i)]
-      function = functools.partial(make, self._config)
-      count = min(self._config.workers or len(os.sched_getaffinity(0)), len(jobs))
-      with Workers(function, count, self._config.timeout) as workers:
-        outcomes = workers.map(jobs)
-        for i in pending:
-          self._make_shard(folder, i, outcomes, done)
-          done += len(self._items_of(i))
-    finished = [folder.finished(i) for i in shards]
-    return [shard for shard in finished if shard], len(shards) - len(pending)
+      make_shards(folder, pending, self._config, self._tell)
+    finished = [shard for i in shards if (shard := folder.finished(i))]
+    if len(finished) < len(shards):
+      raise PrepareError(
+        f"{folder.path}: {len(finished)} of {len(shards)} shards are here; all that make shards "
+        "must see this folder under this path"
+      )
+    return finished, len(shards) - len(pending)
 
-  def _make_shard(
-    self, folder: OutputFolder, shard: int, outcomes: Iterator[Made | Failure], done: int
-  ) -> None:
-    with folder.begin(shard) as writer:
-      for item in self._items_of(shard):
-        outcome = next(outcomes)
-        if isinstance(outcome, Failure):
-          error = self._describe_failure(item, outcome)
-          writer.errors.append(error)
-          self._errors.append(error)
-          self._check_errors()
-        else:
-          writer.write(outcome, len(item.entries))
-        done += 1
-        self._progress(done, len(self._items), len(self._errors))
+  def _tell(self, error: dict[str, Any] | None) -> None:
+    """Takes note of an item that is done."""
+    if error is not None:
+      self._errors.append(error)
+      self._check_errors()
+    self._done += 1
+    self._progress(self._done, len(self._items), len(self._errors))
 
   def _items_of(self, shard: int) -> list[Item]:
     # Dealt out like cards: files sorted by length or kind still give shards alike.
     return self._items[shard :: self._num_shards]
-
-  def _describe_failure(self, item: Item, failure: Failure) -> dict[str, Any]:
-    first = item.entries[0]
-    name = item.medium.name if item.medium else ""
-    reason = failure.reason.removeprefix(f"{name}: ")
-    return error_entry(item.media or first.id, first.line, len(item.entries), reason)
 
   def _check_errors(self) -> None:
     budget = self._config.error_budget()

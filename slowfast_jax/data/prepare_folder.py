@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,16 +55,17 @@ class OutputFolder:
 
   Args:
     path: is made if it is not there.
+    num_shards: of a folder that another process has locked and adopted.
 
   Raises:
     PrepareError: the folder holds something else, or is in use.
   """
 
-  def __init__(self, path: str | os.PathLike):
+  def __init__(self, path: str | os.PathLike, num_shards: int = 0):
     if "://" in os.fspath(path):
       raise PrepareError(f"{path}: shards are written to a local folder; upload it when it is done")
     self.path = pathlib.Path(path)
-    self.num_shards = 0
+    self.num_shards = num_shards
     self._state = self.path / ".prepare"
     self.scratch = self._state / "scratch"
 
@@ -83,6 +85,8 @@ class OutputFolder:
       raise PrepareError(
         f"{self.path}: another `slowfast prepare` is writing here; wait for it or end it"
       ) from None
+    for file in self._state.glob("*.tmp"):  # Of a run that was killed.
+      file.unlink()
     return self
 
   def __exit__(self, *_) -> None:
@@ -176,6 +180,10 @@ class OutputFolder:
   def _texts_file(self, shard: int) -> pathlib.Path:
     return self._state / f"texts-{shard:05d}.jsonl"
 
+  def items_file(self, shard: int) -> pathlib.Path:
+    """Where the items of a shard lie while other machines make it."""
+    return self.scratch / f"items-{shard:05d}.pickle"
+
   def _state_file(self, shard: int) -> pathlib.Path:
     return self._state / f"shard-{shard:05d}.json"
 
@@ -185,15 +193,16 @@ class ShardWriter:
 
   def __init__(self, file: pathlib.Path, texts_file: pathlib.Path, state_file: pathlib.Path):
     self._file, self._texts_file, self._state_file = file, texts_file, state_file
-    self._temporary = state_file.with_name("shard.tmp")
-    self._temporary_texts = state_file.with_name("texts.tmp")
+    # Not one name for all: a machine that was taken for dead may still write the same shard.
+    unique = f"{state_file.stem}-{uuid.uuid4().hex[:8]}"
+    self._temporary = state_file.with_name(f"{unique}.tmp")
+    self._temporary_texts = state_file.with_name(f"{unique}.texts.tmp")
     self._conversations: list[int] = []
     self._frames = self._lost_frames = self._bytes = 0
     self.errors: list[dict[str, Any]] = []
 
   def __enter__(self) -> "ShardWriter":
     self._state_file.unlink(missing_ok=True)
-    self._temporary.unlink(missing_ok=True)
     self._writer = array_record_module.ArrayRecordWriter(
       str(self._temporary), records.WRITER_OPTIONS
     )

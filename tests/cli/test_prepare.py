@@ -71,7 +71,7 @@ def test_every_setting_has_its_flag(clips, monkeypatch):
   changed = PrepareConfig(7, "fps", 3.5, 48, "clip", 70, 5, 3, "budget=2%", 9.0, True, True)
   seen = []
 
-  def record(videos, annotations, output, config, progress):
+  def record(videos, annotations, output, config, *_):
     seen.append(config)
     raise KeyboardInterrupt
 
