@@ -13,7 +13,14 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from slowfast_jax.models.layers import LayerNorm, Projection, make_param, stack, unstack
+from slowfast_jax.models.layers import (
+  LayerNorm,
+  Projection,
+  add_param,
+  make_param,
+  stack,
+  unstack,
+)
 from slowfast_jax.models.remat import remat
 from slowfast_jax.models.vit import CLIP_MEAN, CLIP_STD
 
@@ -102,7 +109,7 @@ class DepthwiseConv(nnx.Module):
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
       feature_group_count=x.shape[-1],
     )
-    return y + self.bias[...].astype(x.dtype)
+    return add_param(y, self.bias)
 
 
 class ConvNeXtBlock(nnx.Module):
@@ -120,7 +127,7 @@ class ConvNeXtBlock(nnx.Module):
   def __call__(self, x: Float[Array, "B y x E"]) -> Float[Array, "B y x E"]:
     y = self.fc1(self.norm(self.depthwise(x)))
     y = self.fc2(jax.nn.gelu(y, approximate=False))
-    return x + self.layer_scale[...].astype(x.dtype) * y
+    return x + (self.layer_scale[...] * y).astype(x.dtype)
 
 
 class Stem(nnx.Module):

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from slowfast_jax.models.layers import Embedding, Projection, RMSNorm, layer_of, stack, unstack
+from slowfast_jax.models.layers import (
+  Embedding,
+  Projection,
+  RMSNorm,
+  layer_of,
+  linear,
+  stack,
+  unstack,
+)
 from slowfast_jax.models.remat import keep, remat
 from slowfast_jax.models.rope import LlamaRopeScaling, frequencies, rope_table, rotate
 
@@ -212,8 +220,9 @@ class Decoder(nnx.Module):
 
   def logits(self, hidden: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
     """Float32 scores of the vocabulary."""
-    scores = self.embed.attend(hidden) if self.head is None else self.head(hidden)
-    return scores.astype(jnp.float32)
+    if self.head is None:
+      return self.embed.attend(hidden)
+    return linear(self.head.equation, hidden, self.head.kernel[...], jnp.float32)
 
 
 def _residual_gain(cfg: DecoderConfig) -> float:

@@ -131,11 +131,12 @@ class HybridAdapter(nnx.Module):
 
   def gate_values(self, o: Float[Array, "B X N H"]) -> Float[Array, "B X 1"]:
     """How much of the slow path each querying position lets in."""
-    g = self.gate(o)
+    g = self.gate(o).astype(jnp.float32)
     if "tanh" in self.cfg.gate:
       g = jnp.tanh(g)
     if self.warm_up is not None:
-      alpha = self.warm_up[...].astype(o.dtype)
+      # float32: one scalar's gradient is a sum over every position and channel.
+      alpha = self.warm_up[...]
       # The "all" variant was trained with the bare scalar (semantics section 4).
       g = g * (alpha if self.cfg.queries == "all" else jnp.tanh(alpha))
     return g
@@ -153,7 +154,7 @@ class HybridAdapter(nnx.Module):
     q_BXNH = jnp.take_along_axis(q, index, axis=1)
     o_BXNH = jnp.take_along_axis(o, index, axis=1)
     c_BXNH = (attention or read_slow)(q_BXNH, *kv, query)
-    read = self.gate_values(o_BXNH)[..., None] * c_BXNH
+    read = (self.gate_values(o_BXNH)[..., None] * c_BXNH).astype(o.dtype)
     # Index T lies outside and is dropped: positions of padding change nothing.
     target = jnp.where(query.text_index < 0, q.shape[1], query.text_index)
     rows = jnp.arange(q.shape[0])[:, None]

@@ -6,8 +6,9 @@ decided in `sharding.py`. Parameters are float32 by default; compute happens in 
 input.
 """
 
+import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,70 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 def make_param(
-  init: Callable, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]
+  init: Callable,
+  rngs: nnx.Rngs,
+  shape: tuple[int, ...],
+  axes: tuple[str | None, ...],
+  **metadata: Any,
 ) -> nnx.Param:
   """A float32 parameter whose axes have logical names, e.g. ("embed", "heads", None)."""
   if len(shape) != len(axes):
     raise ValueError(f"A parameter of shape {shape} needs {len(shape)} axis names, got {axes}.")
-  return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+  return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes, **metadata)
+
+
+def linear(
+  equation: str, x: Float[Array, "..."], kernel: Float[Array, "..."], dtype: Any = None
+) -> Float[Array, "..."]:
+  """The einsum of x and a float32 kernel, computed in the dtype of x.
+
+  Its derivative is its own for one reason: the kernel's gradient is summed in float32, on a device
+  and over devices. Left to itself, JAX rounds every device's part of it to the dtype of x.
+
+  Args:
+    equation: e.g. "...D,DNH->...NH".
+    x: activations.
+    kernel: a parameter.
+    dtype: of the result; None: that of x.
+  """
+  return _linear(equation, x.dtype, dtype or x.dtype, x, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _linear(equation: str, inner: Any, outer: Any, x: Array, kernel: Array) -> Array:
+  return jnp.einsum(equation, x, kernel.astype(inner), preferred_element_type=outer)
+
+
+def _linear_forward(equation: str, inner: Any, outer: Any, x: Any, kernel: Any):
+  # Kept only for a gradient that is asked for: a frozen kernel's costs no memory.
+  kept = (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
+  return _linear(equation, inner, outer, x.value, kernel.value), kept
+
+
+def _linear_backward(equation: str, inner: Any, outer: Any, kept: tuple, dy: Any):
+  x, kernel = kept
+  if isinstance(dy, jax.custom_derivatives.SymbolicZero):
+    return None, None
+  operands, out = equation.replace("...", "pqrstu"[: dy.ndim - _num_outputs(equation)]).split("->")
+  given, letters = operands.split(",")
+  dy = dy.astype(inner)
+  dx = None if kernel is None else jnp.einsum(f"{out},{letters}->{given}", dy, kernel.astype(inner))
+  if x is None:
+    return dx, None
+  sums = jnp.einsum(f"{given},{out}->{letters}", x, dy, preferred_element_type=jnp.float32)
+  return dx, sums
+
+
+def _num_outputs(equation: str) -> int:
+  return len(equation.split("->")[1].removeprefix("..."))
+
+
+_linear.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)
+
+
+def add_param(x: Float[Array, "..."], param: nnx.Param) -> Float[Array, "..."]:
+  """x plus a parameter, whose gradient is then a sum in float32."""
+  return (x.astype(jnp.float32) + param[...]).astype(x.dtype)
 
 
 class Projection(nnx.Module):
@@ -56,7 +115,8 @@ class Projection(nnx.Module):
     init = nnx.initializers.variance_scaling(
       gain**2, "fan_in", "truncated_normal", in_axis=inputs, out_axis=outputs
     )
-    self.kernel = make_param(init, rngs, shape, axes)
+    # How many of its axes are inputs (they come first), for optimisers that look at matrices.
+    self.kernel = make_param(init, rngs, shape, axes, inputs=len(inputs))
     self.bias = (
       make_param(
         nnx.initializers.constant(bias_start),
@@ -69,8 +129,8 @@ class Projection(nnx.Module):
     )
 
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
-    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+    y = linear(self.equation, x, self.kernel[...])
+    return y if self.bias is None else add_param(y, self.bias)
 
 
 class RMSNorm(nnx.Module):
@@ -110,15 +170,16 @@ class Embedding(nnx.Module):
     self.embedding = make_param(init, rngs, (num_embeddings, size), ("vocab", "embed"))
 
   def __call__(self, ids: Int[Array, "*L"], dtype: jnp.dtype) -> Float[Array, "*L D"]:
-    return self.embedding[...].astype(dtype)[ids]
+    # Rounded behind the look-up: gradients of one word at many places are then summed in float32.
+    return self.embedding[...][ids].astype(dtype)
 
   def attend(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
-    return jnp.einsum("...D,VD->...V", x, self.embedding[...].astype(x.dtype))
+    """Float32 scores of all embeddings."""
+    return linear("...D,VD->...V", x, self.embedding[...], jnp.float32)
 
 
 def stack(make_layer: Callable[[nnx.Rngs], M], count: int, *, rngs: nnx.Rngs) -> M:
   """`count` layers as one module whose parameters have a leading "layers" axis."""
-
   structures: list[nnx.GraphDef] = []
 
   def one(key: Array) -> nnx.State:

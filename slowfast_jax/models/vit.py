@@ -14,7 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from slowfast_jax.models.layers import LayerNorm, Projection, make_param, stack, unstack
+from slowfast_jax.models.layers import (
+  LayerNorm,
+  Projection,
+  add_param,
+  make_param,
+  stack,
+  unstack,
+)
 from slowfast_jax.models.remat import keep, remat
 
 
@@ -149,7 +156,7 @@ class ViT(nnx.Module):
     if self.class_token is not None:
       start = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
       x = jnp.concatenate([start, x], axis=1)
-    x = x + self.position[...].astype(x.dtype)
+    x = add_param(x, self.position)
     if self.pre_norm is not None:
       x = self.pre_norm(x)
     graphdef, states = unstack(self.blocks, 0, self.cfg.num_blocks)

@@ -13,6 +13,7 @@ from slowfast_jax.models.layers import (
   Projection,
   RMSNorm,
   layer_of,
+  linear,
   make_param,
   stack,
   unstack,
@@ -84,3 +85,33 @@ def test_a_stack_is_its_layers():
   graphdef, states = unstack(layers, 1, 3)
   _, out = jax.lax.scan(lambda c, state: (c, nnx.merge(graphdef, state)(x)), None, states)
   np.testing.assert_allclose(out, np.asarray(x) @ kernel[1:3], rtol=1e-6)
+
+
+def test_gradients_of_kernels_are_summed_in_float32():
+  """Of thousands of bfloat16 terms: a sum in bfloat16 would be wrong in the third digit."""
+  rng = np.random.default_rng(0)
+  x, dy = (jnp.asarray(rng.uniform(size=(8, 512, n)), jnp.bfloat16) for n in (4, 6))
+  kernel = jnp.ones((4, 2, 3))
+  y, transpose = jax.vjp(lambda x, kernel: linear("...D,DNH->...NH", x, kernel), x, kernel)
+  dx, got = transpose(dy.reshape(y.shape))
+  assert (y.dtype, dx.dtype, got.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+  expected = np.einsum("BTD,BTM->DM", *(np.asarray(a, np.float64) for a in (x, dy)))
+  np.testing.assert_allclose(got.reshape(4, 6), expected, rtol=1e-5)
+  plain = jax.grad(lambda x: jnp.sum(jnp.einsum("BTD,DNH->BTNH", x, kernel) * dy.reshape(y.shape)))
+  np.testing.assert_allclose(
+    dx.astype(jnp.float32), plain(x.astype(jnp.float32)), rtol=0.02, atol=0.02
+  )
+
+
+def test_what_only_a_frozen_kernel_would_need_is_not_kept():
+  kernels, x = jnp.ones((16, 64, 64)), jnp.ones((256, 64))
+
+  def memory(argument):
+    def loss(kernels, x):
+      return jnp.sum(jax.lax.scan(lambda x, k: (linear("BD,DE->BE", x, k), None), x, kernels)[0])
+
+    compiled = jax.jit(jax.grad(loss, argument)).lower(kernels, x).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert memory(0) > 16 * x.nbytes
+  assert memory(1) < 4 * x.nbytes
