@@ -55,6 +55,9 @@ def get_config(stage: str = "slow_fast") -> ml_collections.ConfigDict:
   c.data.max_failure_rate = 0.1  # Of the latest thousand samples; more end the run.
 
   c.optimizer = ml_collections.ConfigDict()
+  c.optimizer.name = "adamw"  # Or adafactor, muon.
+  c.optimizer.schedule = "cosine"  # Or wsd: stable, then linear over the last decay_steps.
+  c.optimizer.decay_steps = 0
   c.optimizer.learning_rate = 2e-3
   c.optimizer.warmup_steps = 50 if stills else 20
   c.optimizer.final_fraction = 0.05
@@ -62,6 +65,7 @@ def get_config(stage: str = "slow_fast") -> ml_collections.ConfigDict:
   c.optimizer.b1 = 0.9
   c.optimizer.b2 = 0.98
   c.optimizer.max_grad_norm = 1.0
+  c.optimizer.layer_decay = 1.0  # Of an encoder that learns: factor from block to block, downwards.
   # (regex of parameter paths, factor of the learning rate). One scalar a layer has to travel from
   # 0 to about 1 in the time in which weights move by a few hundredths. The aligned encoder stays as
   # it is: one that goes on learning soon knows its few thousand pictures by heart instead.
@@ -71,12 +75,25 @@ def get_config(stage: str = "slow_fast") -> ml_collections.ConfigDict:
   c.train.steps = 900 if stills else 450
   c.train.dtype = "float32"
   c.train.remat = "none"  # Or, for less memory: dots, minimal, offload, full.
+  c.train.accumulation = 1  # Parts of a batch, computed one after the other.
+  c.train.z_loss = 0.0  # Weight of the squared log-partition.
   c.train.log_every = 10
   c.train.checkpoint_every = 250
   c.train.keep = 1
+  c.train.keep_best = ""  # And the best one: by "loss", or by a metric of the evaluation.
+  c.train.max_skipped = 10  # Steps in a row whose loss or gradient is not finite; more end the run.
+  c.train.profile = (0, 0)  # From which step on, and how many; 0 steps: on SIGUSR1 only.
+  c.train.hang_seconds = 1800.0  # A step that takes longer writes down where it is.
+  c.train.trackers = ""  # Besides files: tensorboard, wandb, or both with a comma between.
   c.train.init_from = (
     "runs/demo/encoder" if stills else f"runs/demo/{model}_stills/export"
   )  # An export to start from; what it lacks of the slow path is added.
+
+  c.eval = ml_collections.ConfigDict()  # While training; see docs/training.md.
+  c.eval.every = 0  # Steps; 0: never.
+  c.eval.config = "configs/eval_jsonl.py"
+  c.eval.questions = ""
+  c.eval.videos = ""
 
   c.mesh = ml_collections.ConfigDict()
   c.mesh.data = -1  # All devices that the other axes leave.

@@ -46,6 +46,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.max_failure_rate = 0.1
 
   c.optimizer = ml_collections.ConfigDict()
+  c.optimizer.name = "adamw"
+  c.optimizer.schedule = "cosine"
+  c.optimizer.decay_steps = 0
   c.optimizer.learning_rate = 1e-2
   c.optimizer.warmup_steps = 5
   c.optimizer.final_fraction = 0.1
@@ -53,16 +56,25 @@ def get_config() -> ml_collections.ConfigDict:
   c.optimizer.b1 = 0.9
   c.optimizer.b2 = 0.98
   c.optimizer.max_grad_norm = 1.0
+  c.optimizer.layer_decay = 1.0
   c.optimizer.groups = ()
 
   c.train = ml_collections.ConfigDict()
   c.train.steps = 50
   c.train.dtype = "float32"
   c.train.remat = "none"
+  c.train.accumulation = 1
+  c.train.z_loss = 0.0
   c.train.log_every = 1
   c.train.checkpoint_every = 20
   c.train.keep = 1
+  c.train.keep_best = ""
+  c.train.max_skipped = 10
+  c.train.profile = (0, 0)
+  c.train.hang_seconds = 1800.0
+  c.train.trackers = ""
   c.train.init_from = ""
 
+  c.eval = create(every=0, config="configs/eval_jsonl.py", questions="", videos="")
   c.mesh = create(data=-1, fsdp=1, context=1, tensor=1)
   return c

@@ -61,7 +61,7 @@ def spec_of(axes: tuple[str | None, ...]) -> PartitionSpec:
   return PartitionSpec(*(None if name is None else RULES.get(name) for name in axes))
 
 
-def _fits(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _fits(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
   """Drops mesh axes that do not divide their array axis: those stay replicated."""
 
   def size(entry: Any) -> int:
@@ -97,6 +97,20 @@ def constrain(x: Array, *axes: str | None) -> Array:
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
+def constrain_state(state: T) -> T:
+  """Lays gradients out as their parameters are, so that none is ever whole on a device."""
+  mesh = mesh_in_force()
+  if mesh is None:
+    return state
+
+  def of(leaf: Any) -> Any:
+    value = leaf.get_value()
+    spec = _fits(spec_of(leaf.get_metadata()["axes"]), value.shape, mesh)
+    return leaf.replace(jax.lax.with_sharding_constraint(value, spec))
+
+  return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
 def sharding_of(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
   """Where an array whose axes have these names lives."""
   return NamedSharding(mesh, _fits(spec_of(axes), shape, mesh))
@@ -112,8 +126,9 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
   def of(leaf: Any) -> Any:
     if not isinstance(leaf, nnx.Variable):
       return NamedSharding(mesh, PartitionSpec())
-    axes = leaf.get_metadata().get("axes", ())
-    return leaf.replace(sharding_of(axes, leaf.get_value().shape, mesh))
+    axes, shape = leaf.get_metadata().get("axes", ()), leaf.get_value().shape
+    # Some optimisers keep sums over an axis: too small to be worth spreading.
+    return leaf.replace(sharding_of(axes if len(axes) == len(shape) else (), shape, mesh))
 
   return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

@@ -86,7 +86,7 @@ def _model_of(config: "ml_collections.ConfigDict") -> list[str]:
     return []
   from slowfast_jax.checkpoints.describe import format_facts, model_facts, video_facts
   from slowfast_jax.checkpoints.export import VideoConfig
-  from slowfast_jax.train.setup import model_config
+  from slowfast_jax.train.plan import model_config
 
   model, c = model_config(config.model), config.video
   video = VideoConfig(config.data.num_frames, c.sampler, c.target_fps, c.policy)

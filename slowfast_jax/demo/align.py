@@ -22,7 +22,7 @@ from slowfast_jax.checkpoints.store import Export, VideoConfig
 from slowfast_jax.data.records import RecordSource, decode_frames
 from slowfast_jax.data.tokenizer import Tokenizer
 from slowfast_jax.models.slowfast import SlowFast, graphdef_of
-from slowfast_jax.train.setup import model_config
+from slowfast_jax.train.plan import model_config
 
 # Logits of a pair start near SigLIP's: almost every pair is a no.
 _SCALE, _BIAS = 4.0, -2.0

@@ -1,12 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW with warm-up and cosine decay; learning-rate groups by parameter path."""
+"""Optimisers of Optax with a schedule, and who learns how fast, by parameter path."""
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
+
+from slowfast_jax.errors import UserError
+from slowfast_jax.train.layer_decay import layer_factors
+
+NAMES = ("adamw", "adafactor", "muon")
+SCHEDULES = ("cosine", "wsd")
+
+# (regex of parameter paths, factor of the learning rate[, factor of the weight decay]).
+Group = tuple[str, float] | tuple[str, float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,42 +27,73 @@ class OptimizerConfig:
   Attributes:
     learning_rate: peak of the schedule.
     warmup_steps: linear rise from 0.
-    total_steps: the cosine reaches `final_fraction` of the peak here.
+    total_steps: the schedule reaches `final_fraction` of the peak here.
+    name: "adamw"; "adafactor", whose memory is that of two vectors a matrix; or "muon" (arXiv
+      2502.16982), matrices by Muon at the size of Adam's updates, all else by Adam.
+    schedule: "cosine", or "wsd": warm-up, stable, and a linear decay over the last `decay_steps`.
+    decay_steps: of "wsd".
     weight_decay: on matrices only; norms, biases and gates are excluded.
     max_grad_norm: gradients are scaled down to this global norm.
-    groups: (regex on the parameter path, learning-rate factor); the first match counts. Factor 0
-      freezes: such parameters get no gradient and no place in the optimiser's memory.
+    groups: (regex on the parameter path, learning-rate factor[, weight-decay factor]); the first
+      match counts. Factor 0 freezes: such parameters get no gradient and no place in the
+      optimiser's memory.
+    layer_decay: each block of the encoder learns at this factor of the rate of the block above it.
   """
 
   learning_rate: float
   warmup_steps: int
   total_steps: int
+  name: str = "adamw"
+  schedule: str = "cosine"
+  decay_steps: int = 0
   final_fraction: float = 0.0
   weight_decay: float = 0.0
   b1: float = 0.9
   b2: float = 0.98
   max_grad_norm: float = 1.0
-  groups: tuple[tuple[str, float], ...] = ()
+  groups: tuple[Group, ...] = ()
+  layer_decay: float = 1.0
+
+  def __post_init__(self):
+    for field, value, known in (
+      ("name", self.name, NAMES),
+      ("schedule", self.schedule, SCHEDULES),
+    ):
+      if value not in known:
+        raise UserError(f"optimizer.{field} must be one of {known}, got {value!r}.")
+    if not 0 < self.layer_decay <= 1:
+      raise UserError(f"optimizer.layer_decay must be above 0, at most 1, got {self.layer_decay}.")
+    if self.schedule == "wsd" and not (
+      1 <= self.decay_steps <= max(self.total_steps - self.warmup_steps, 1)
+    ):
+      raise UserError(
+        "optimizer.decay_steps of the schedule 'wsd' must be at least 1 and fit between "
+        f"warmup_steps = {self.warmup_steps} and train.steps = {self.total_steps}, "
+        f"got {self.decay_steps}."
+      )
+    for group in self.groups:
+      _check_group(group)
 
 
 def schedule(cfg: OptimizerConfig) -> optax.Schedule:
   """Learning rate by step."""
-  return optax.warmup_cosine_decay_schedule(
-    0.0,
-    cfg.learning_rate,
-    cfg.warmup_steps,
-    max(cfg.total_steps, cfg.warmup_steps + 1),
-    cfg.learning_rate * cfg.final_fraction,
-  )
+  peak, final = cfg.learning_rate, cfg.learning_rate * cfg.final_fraction
+  if cfg.schedule == "cosine":
+    stop = max(cfg.total_steps, cfg.warmup_steps + 1)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, cfg.warmup_steps, stop, final)
+  rise = optax.linear_schedule(0.0, peak, cfg.warmup_steps)
+  fall = optax.linear_schedule(peak, final, cfg.decay_steps)
+  bounds = [cfg.warmup_steps, cfg.total_steps - cfg.decay_steps]
+  return optax.join_schedules([rise, optax.constant_schedule(peak), fall], bounds)
 
 
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
-  """The chain: clip, Adam, decay, group factors, schedule."""
+  """The chain: clip, direction, decay, factors of groups and layers, schedule."""
   return optax.chain(
     optax.clip_by_global_norm(cfg.max_grad_norm),
-    optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2),
-    optax.add_decayed_weights(cfg.weight_decay, mask=_is_matrix),
-    _scale_groups(cfg.groups),
+    _direction(cfg),
+    _add_decay(cfg),
+    _scale_rates(cfg),
     optax.scale_by_learning_rate(schedule(cfg)),
   )
 
@@ -60,7 +102,7 @@ def split_frozen(params: nnx.State, cfg: OptimizerConfig) -> tuple[nnx.State, nn
   """The parameters that learn, and those that stay as they are; `nnx.merge_state` joins them."""
 
   def learns(path: tuple, _: object) -> bool:
-    return _factor(cfg.groups, ".".join(map(str, path))) != 0
+    return _factors(cfg.groups, ".".join(map(str, path)))[0] != 0
 
   learning, frozen = nnx.split_state(params, learns, ...)
   return learning, frozen
@@ -72,31 +114,102 @@ def parameter_paths(params: nnx.State) -> list[str]:
   return [_dotted(path) for path, _ in flat]
 
 
-def _scale_groups(groups: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
-  def update(updates, state, params=None):
-    del params
-    scaled = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: jax.tree.map(lambda x: x * _factor(groups, _dotted(path)), leaf),
-      updates,
-      is_leaf=_is_variable,
-    )
-    return scaled, state
-
-  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def _factor(groups: tuple[tuple[str, float], ...], path: str) -> float:
-  return next((factor for pattern, factor in groups if re.search(pattern, path)), 1.0)
-
-
-def _is_matrix(params: nnx.State) -> nnx.State:
-  return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: jax.tree.map(
-      lambda _: _dotted(path).endswith(("kernel", "embedding")), leaf
-    ),
-    params,
-    is_leaf=_is_variable,
+def _direction(cfg: OptimizerConfig) -> optax.GradientTransformation:
+  adam = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2)
+  if cfg.name == "adamw":
+    return adam
+  if cfg.name == "adafactor":
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+  muon = optax.chain(
+    optax.contrib.scale_by_muon(weight_dimension_numbers=_matrix_axes),
+    # 0.2: updates as large as Adam's, so one learning rate and its groups serve both.
+    optax.contrib.scale_by_shape(weight_dimension_numbers=_matrix_axes, consistent_rms=0.2),
   )
+  return optax.partition({"muon": muon, "adam": adam}, _muon_or_adam)
+
+
+def _matrix_axes(params: nnx.State) -> nnx.State:
+  """Which axes of a kernel are inputs and which outputs; those before are layers."""
+
+  def of(leaf: nnx.Variable) -> nnx.Variable:
+    value = leaf.get_value()
+    if isinstance(value, optax.MaskedNode):
+      return leaf
+    metadata = leaf.get_metadata()
+    first = int(metadata["axes"][0] == "layers")
+    split = first + metadata["inputs"]
+    inputs, outputs = tuple(range(first, split)), tuple(range(split, value.ndim))
+    return leaf.replace(optax.contrib.MuonDimensionNumbers(inputs, outputs))
+
+  return jax.tree.map(of, params, is_leaf=_is_variable)
+
+
+def _muon_or_adam(params: nnx.State) -> nnx.State:
+  """Embeddings and the output projection are tables of words, not maps: Adam's, as vectors are."""
+
+  def of(path: tuple, leaf: nnx.Variable) -> nnx.Variable:
+    matrix = "inputs" in leaf.get_metadata() and not _dotted(path).startswith("decoder.head")
+    return leaf.replace("muon" if matrix else "adam")
+
+  return jax.tree_util.tree_map_with_path(of, params, is_leaf=_is_variable)
+
+
+def _add_decay(cfg: OptimizerConfig) -> optax.GradientTransformation:
+  def decay(path: str, update: jax.Array, param: jax.Array) -> jax.Array:
+    rate = cfg.weight_decay * _factors(cfg.groups, path)[1]
+    return update + rate * param if rate and path.endswith(("kernel", "embedding")) else update
+
+  def of_all(updates: nnx.State, params: nnx.State | None) -> nnx.State:
+    assert params is not None
+    return _map_with_path(decay, updates, params)
+
+  return optax.stateless(of_all)
+
+
+def _scale_rates(cfg: OptimizerConfig) -> optax.GradientTransformation:
+  def of_all(updates: nnx.State, params: nnx.State | None) -> nnx.State:
+    del params
+    paths, leaves = parameter_paths(updates), jax.tree.leaves(updates)
+    lengths = {path: leaf.shape[0] for path, leaf in zip(paths, leaves) if leaf.ndim}
+    layers = layer_factors(lengths, cfg.layer_decay)
+
+    def scale(path: str, update: jax.Array) -> jax.Array:
+      factor = jnp.asarray(layers.get(path, 1.0)) * _factors(cfg.groups, path)[0]
+      factor = factor.reshape(-1, *[1] * (update.ndim - 1)) if factor.ndim else factor
+      return update * factor.astype(update.dtype)
+
+    return _map_with_path(scale, updates)
+
+  return optax.stateless(of_all)
+
+
+def _factors(groups: tuple[Group, ...], path: str) -> tuple[float, float]:
+  """Factors of the learning rate and of the weight decay."""
+  group = next((group for group in groups if re.search(group[0], path)), ("", 1.0))
+  return group[1], group[2] if len(group) > 2 else 1.0
+
+
+def _check_group(group: Any) -> None:
+  expected = "(regex, learning-rate factor[, weight-decay factor])"
+  numbers = group[1:] if isinstance(group, tuple | list) else ()
+  if not 1 <= len(numbers) <= 2 or not all(isinstance(x, int | float) for x in numbers):
+    raise UserError(f"optimizer.groups: each must be {expected}, got {group!r}.")
+  if min(numbers) < 0:
+    raise UserError(f"optimizer.groups: factors must not be negative, got {group!r}.")
+  try:
+    re.compile(group[0])
+  except (re.error, TypeError) as error:
+    raise UserError(f"optimizer.groups: {group[0]!r} is no regex ({error}).") from error
+
+
+def _map_with_path(function: Any, tree: nnx.State, *rest: nnx.State) -> nnx.State:
+  """`function(dotted path, array, ...)` of every parameter."""
+
+  def of(path: tuple, leaf: Any, *others: Any) -> Any:
+    name = _dotted(path)
+    return jax.tree.map(lambda *arrays: function(name, *arrays), leaf, *others)
+
+  return jax.tree_util.tree_map_with_path(of, tree, *rest, is_leaf=_is_variable)
 
 
 def _is_variable(leaf: object) -> bool:

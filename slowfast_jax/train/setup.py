@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training config stands for: model, mesh, data, optimiser, and the state it starts from.
+"""What a training config names: records, tokenizer, and the state that a run starts from.
 
-Everything that a config can get wrong is found here, before anything is compiled.
+With `plan`, everything that a config can get wrong is found before anything is compiled.
 """
 
 import dataclasses
@@ -20,53 +20,33 @@ from jax.sharding import Mesh
 
 from slowfast_jax.checkpoints.export import Export, VideoConfig
 from slowfast_jax.checkpoints.open import load_checkpoint
-from slowfast_jax.checkpoints.trees import abstract_state, flatten, unflatten
+from slowfast_jax.checkpoints.trees import flatten, unflatten
 from slowfast_jax.data.mixture import open_mixture
-from slowfast_jax.data.packing import Geometry
-from slowfast_jax.data.pipeline import Bucket, TrainPipeline
+from slowfast_jax.data.pipeline import TrainPipeline
 from slowfast_jax.data.records import RecordSource
 from slowfast_jax.data.tokenizer import Tokenizer
 from slowfast_jax.errors import UserError
-from slowfast_jax.models.hybrid import INITS, adapters_from_decoder
-from slowfast_jax.models.presets import build_config
+from slowfast_jax.models.hybrid import adapters_from_decoder
 from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig, graphdef_of
 from slowfast_jax.shapes import Batch
-from slowfast_jax.sharding import batch_sharding, make_mesh, sharded_init
-from slowfast_jax.train.optimizer import OptimizerConfig, split_frozen
-from slowfast_jax.train.step import TrainState, init_state
-
-DTYPES = ("float32", "bfloat16")
+from slowfast_jax.sharding import batch_sharding, sharded_init
+from slowfast_jax.train.plan import Plan, make_plan
+from slowfast_jax.train.step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-  """The parts of a run.
+class Setup(Plan):
+  """The parts of a run: its plan, and what that names.
 
   Attributes:
-    config: what the parts were made of.
-    model: sizes and variants of the model.
-    mesh: all devices.
     tokenizer: the tokenizer of the text.
     pipeline: this process's rows of the batches.
-    optimizer: its numbers.
     fingerprint: tells whether data are the same, wherever they lie.
   """
 
-  config: ml_collections.ConfigDict
-  model: SlowFastConfig
-  mesh: Mesh
   tokenizer: Tokenizer
   pipeline: TrainPipeline
-  optimizer: OptimizerConfig
   fingerprint: dict[str, Any]
-
-  def init(self, key: jax.Array) -> TrainState:
-    """A fresh state; to be run under jit."""
-    return init_state(self.model, self.optimizer, key)
-
-  def abstract_state(self) -> TrainState:
-    """The state's shapes and its place on the mesh."""
-    return abstract_state(self.init, self.mesh, jax.random.key(0))
 
   def export(self, params: nnx.State) -> Export:
     c = self.config
@@ -80,27 +60,14 @@ def open_setup(config: ml_collections.ConfigDict) -> Setup:
   Raises:
     UserError: something does not exist or does not fit; names the field to change.
   """
-  c = config
-  if c.train.dtype not in DTYPES:
-    raise UserError(f"train.dtype must be one of {DTYPES}, got {c.train.dtype!r}.")
-  if c.model.hybrid_init not in INITS:
-    raise UserError(f"model.hybrid_init must be one of {INITS}, got {c.model.hybrid_init!r}.")
-  for field in ("steps", "log_every", "checkpoint_every"):
-    if c.train[field] < 1:
-      raise UserError(f"train.{field} must be at least 1, got {c.train[field]}.")
-  mesh = make_mesh(c.mesh.to_dict())
-  model = model_config(c.model)
-  geometry = geometry_of(model, c.data)
-  tokenizer = _open_tokenizer(c, model)
+  c, plan = config, make_plan(config)
+  tokenizer = _open_tokenizer(c, plan.model)
   sources, weights = _open_records(c.data)
-  buckets = _buckets(model, c.data)
-  index, count = local_rows(mesh, c.data.batch_size)
-  for bucket in buckets:
-    local_rows(mesh, bucket.batch_size)
+  index, count = local_rows(plan.mesh, c.data.batch_size)
   pipeline = TrainPipeline(
     sources,
     tokenizer,
-    geometry,
+    plan.geometry,
     c.data.batch_size,
     c.seed,
     process_index=index,
@@ -110,7 +77,7 @@ def open_setup(config: ml_collections.ConfigDict) -> Setup:
     targets=c.data.targets,
     weights=weights,
     pack=c.data.get("pack", False),
-    buckets=buckets,
+    buckets=plan.buckets,
     workers=c.data.get("workers", 0),
     random_offset=c.data.get("random_offset", False),
     max_failure_rate=c.data.get("max_failure_rate", 1.0),
@@ -123,73 +90,12 @@ def open_setup(config: ml_collections.ConfigDict) -> Setup:
   }
   if weights is not None:
     fingerprint["weights"] = weights
-  setup = Setup(c, model, mesh, tokenizer, pipeline, optimizer_config(c), fingerprint)
-  if not split_frozen(setup.abstract_state().params, setup.optimizer)[0]:
-    raise UserError(f"optimizer.groups freezes every parameter: {setup.optimizer.groups}.")
-  return setup
-
-
-def model_config(c: ml_collections.ConfigDict) -> SlowFastConfig:
-  """The preset with the config's changes; without `slow` the model has the fast tokens alone."""
-  changes: dict[str, Any] = {
-    part: c[part].to_dict() for part in ("vision", "decoder", "compressor")
-  }
-  changes["hybrid"] = c.hybrid.to_dict() if c.slow else None
-  return build_config(c.preset, changes)
-
-
-def geometry_of(model: SlowFastConfig, data: Mapping[str, Any]) -> Geometry:
-  """Static shapes of the rows that this model is trained on.
-
-  Raises:
-    UserError: the bounds leave no room, or the strides do not fit the frames' token grid.
-  """
-  vision, compressor = model.vision, model.compressor
-  # As SlowFast.encode does: only videos are pooled before the compressor.
-  pooled = compressor.video_pooling_stride if data["num_frames"] > 1 else 1
-  side = vision.side // pooled // compressor.spatial_stride
-  if side < 1:
-    raise UserError(
-      f"model.compressor: strides {pooled} and {compressor.spatial_stride} leave nothing of "
-      f"{vision.side} x {vision.side} tokens of a frame."
-    )
-  geometry = Geometry(
-    num_frames=data["num_frames"],
-    decoder_length=data["decoder_length"],
-    text_bound=data["text_bound"],
-    image_size=(vision.image_size, vision.image_size),
-    tokens_per_frame=side**2,
-    sampling_stride=compressor.sampling_stride,
-    temporal_stride=compressor.temporal_stride,
-    min_fast_frames=compressor.min_fast_frames,
-    query_set="text-only" if model.hybrid is None else model.hybrid.queries,
-    slow=bool(model.hybrid_layers),
-  )
-  fast = geometry.num_fast_tokens(geometry.num_frames)
-  if fast >= geometry.decoder_length:
-    raise UserError(
-      f"data.decoder_length is {geometry.decoder_length}, and the {fast} fast tokens of "
-      f"{geometry.num_frames} frames leave no room in it for text; raise it, or compress more."
-    )
-  return geometry
-
-
-def optimizer_config(c: ml_collections.ConfigDict) -> OptimizerConfig:
-  fields = c.optimizer.to_dict()
-  known = {field.name for field in dataclasses.fields(OptimizerConfig)} - {"total_steps"}
-  if unknown := sorted(set(fields) - known):
-    raise UserError(f"optimizer.{unknown[0]}: no such field; optimizer has {sorted(known)}.")
-  groups = tuple((str(pattern), float(factor)) for pattern, factor in fields.pop("groups", ()))
-  return OptimizerConfig(total_steps=c.train.steps, groups=groups, **fields)
+  parts = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+  return Setup(**parts, tokenizer=tokenizer, pipeline=pipeline, fingerprint=fingerprint)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
   """Which slice of a batch's rows this process's devices hold: (index, number of slices)."""
-  parts = mesh.shape["data"] * mesh.shape["fsdp"]
-  if batch_size % parts:
-    raise UserError(
-      f"data.batch_size must be a multiple of mesh.data x mesh.fsdp = {parts}, got {batch_size}."
-    )
   places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
   spans = {index[0].indices(batch_size)[:2] for index in places if index is not None}
   start, stop = min(s for s, _ in spans), max(s for _, s in spans)
@@ -316,18 +222,6 @@ def _open_records(data: Mapping[str, Any]) -> tuple[list[RecordSource], list[flo
     return open_mixture(mixture)
   folders = _required(data["records"], "data.records", "a folder of records")
   return [RecordSource(folder) for folder in folders.split(",")], None
-
-
-def _buckets(model: SlowFastConfig, data: Mapping[str, Any]) -> list[Bucket]:
-  """The further shapes of data.buckets: (num_frames, decoder_length, text_bound, batch_size)."""
-  names = ("num_frames", "decoder_length", "text_bound", "batch_size")
-  buckets = []
-  for shape in data.get("buckets", ()):
-    if len(shape) != len(names):
-      raise UserError(f"data.buckets: each must be {names}, got {tuple(shape)}.")
-    fields = dict(zip(names, shape))
-    buckets.append(Bucket(geometry_of(model, {**data, **fields}), fields["batch_size"]))
-  return buckets
 
 
 def _required(value: str, field: str, what: str) -> str:

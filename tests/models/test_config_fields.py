@@ -15,7 +15,7 @@ from slowfast_jax.models.hybrid import GATES, QUERY_SETS, HybridConfig
 from slowfast_jax.models.rope import LlamaRopeScaling
 from slowfast_jax.models.slowfast import CompressorConfig, SlowFastConfig
 from slowfast_jax.models.vit import ViTConfig
-from slowfast_jax.train.setup import geometry_of
+from slowfast_jax.train.plan import geometry_of
 from tests.models.tiny import LENGTH, ROWS, batch_of, config, random_model, random_params
 
 SCALING = LlamaRopeScaling(4.0, 1.0, 3.0, 100)

@@ -67,8 +67,8 @@ def test_every_hybrid_parameter_gets_the_gradient_of_the_equations(gate, queries
 
   def loss(params):
     model = nnx.merge(graphdef, params)
-    scores = model.decoder.logits(model.forward(batch, slow))
-    return next_token_loss(scores, batch.targets, batch.loss_weights)[0]
+    hidden = model.forward(batch, slow)
+    return next_token_loss(hidden, model.decoder.logits, batch.targets, batch.loss_weights)[0]
 
   value, gradient = jax.jit(jax.value_and_grad(loss))(params)
   weights = weights_of(nnx.merge(graphdef, params))

@@ -16,9 +16,10 @@ from slowfast_jax.checkpoints.trees import flatten
 from slowfast_jax.data.packing import collate, empty_row
 from slowfast_jax.errors import UserError
 from slowfast_jax.models.slowfast import graphdef_of
+from slowfast_jax.train.lines import read_lines
 from slowfast_jax.train.loop import train
-from slowfast_jax.train.metrics import read_metrics
-from slowfast_jax.train.setup import geometry_of, open_setup
+from slowfast_jax.train.plan import geometry_of
+from slowfast_jax.train.setup import open_setup
 from tests.train.tiny_run import record, tiny_config, write_data, write_records
 
 
@@ -67,7 +68,7 @@ def test_a_run_whose_steps_have_several_shapes(data, tmp_path):
   said = []
   assert train(config, tmp_path / "run", say=said.append) == 0
   assert sum("compiled in" in line for line in said) == 2
-  losses = [line["loss"] for line in read_metrics(epath.Path(tmp_path / "run/metrics.jsonl"))]
+  losses = [line["loss"] for line in read_lines(epath.Path(tmp_path / "run/metrics.jsonl"))]
   assert len(losses) == 6
   assert np.isfinite(losses).all()
 

@@ -1,18 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss in numbers: which positions count, and what a batch without any gives."""
 
+import functools
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from slowfast_jax.train.losses import next_token_loss
+from slowfast_jax.sharding import make_mesh
+from slowfast_jax.train.losses import SCORES_AT_ONCE, chunk_length, next_token_loss
+
+
+def same(scores):
+  """Scores as the last hidden states: nothing is left to project."""
+  return scores
+
 
 # Probabilities 1/2, 1/4, 1/4 at every position.
 LOGITS = jnp.log(jnp.array([[[2.0, 1.0, 1.0]] * 3] * 2))
 
 
 def loss(targets, weights):
-  value, metrics = next_token_loss(LOGITS, jnp.array(targets), jnp.array(weights, jnp.float32))
+  value, metrics = next_token_loss(
+    LOGITS, same, jnp.array(targets), jnp.array(weights, jnp.float32)
+  )
   assert float(metrics["loss"]) == float(value)
   return float(value), float(metrics["token_accuracy"])
 
@@ -36,11 +50,77 @@ def test_rows_count_by_their_tokens_not_equally():
 
 def test_a_batch_without_targets_has_no_loss_and_no_gradient():
   assert loss([[0, 1, 2]] * 2, [[0, 0, 0]] * 2) == (0.0, 0.0)
-  gradient = jax.grad(lambda x: next_token_loss(x, jnp.zeros((2, 3), int), jnp.zeros((2, 3)))[0])
+  gradient = jax.grad(
+    lambda x: next_token_loss(x, same, jnp.zeros((2, 3), int), jnp.zeros((2, 3)))[0]
+  )
   np.testing.assert_array_equal(gradient(LOGITS), 0.0)
 
 
 def test_bfloat16_scores_are_summed_in_float32():
-  value, _ = next_token_loss(LOGITS.astype(jnp.bfloat16), jnp.zeros((2, 3), int), jnp.ones((2, 3)))
+  value, _ = next_token_loss(
+    LOGITS.astype(jnp.bfloat16), same, jnp.zeros((2, 3), int), jnp.ones((2, 3))
+  )
   assert value.dtype == jnp.float32
   np.testing.assert_allclose(value, np.log(2), rtol=1e-2)
+
+
+# Four rows of 24 positions of which few are learned, some rows none; weights that differ.
+B, T, D, V = 4, 24, 8, 40
+RNG = np.random.default_rng(0)
+HIDDEN = jnp.asarray(RNG.normal(size=(B, T, D)), jnp.float32)
+HEAD = jnp.asarray(RNG.normal(size=(D, V)), jnp.float32)
+TARGETS = jnp.asarray(RNG.integers(V, size=(B, T)))
+WEIGHTS = jnp.asarray(
+  RNG.uniform(size=(B, T)) * (RNG.uniform(size=(B, T)) < [[0.9], [0.4], [0.1], [0]])
+)
+
+
+def program(chunk, z_loss=1e-2):
+  def run(hidden, head):
+    def project(x):
+      return x @ head
+
+    return next_token_loss(hidden, project, TARGETS, WEIGHTS, z_loss=z_loss, chunk=chunk)
+
+  return jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
+
+
+@pytest.fixture(scope="module")
+def plain():
+  return program(None)(HIDDEN, HEAD)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 8, 23])
+def test_the_loss_in_chunks_is_the_plain_loss(plain, chunk):
+  # Sums of some hundred numbers of size 1, in another order.
+  check = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  jax.tree.map(check, program(chunk)(HIDDEN, HEAD), plain)
+
+
+def test_the_z_loss_is_the_mean_squared_log_partition(plain):
+  (value, metrics), _ = plain
+  partition = np.log(np.exp(np.asarray(HIDDEN @ HEAD, np.float64)).sum(-1))
+  expected = 1e-2 * np.sum(WEIGHTS * partition**2) / np.sum(WEIGHTS)
+  np.testing.assert_allclose(metrics["z_loss"], expected, rtol=1e-5)
+  np.testing.assert_allclose(value, metrics["loss"] + expected, rtol=1e-6)
+  (value, metrics), _ = program(5, z_loss=0.0)(HIDDEN, HEAD)
+  assert set(metrics) == {"loss", "token_accuracy"}
+  np.testing.assert_allclose(value, metrics["loss"])
+
+
+def test_scores_of_all_positions_never_exist():
+  def sizes(chunk):
+    text = program(chunk).lower(HIDDEN, HEAD).compile().as_text()
+    shapes = re.findall(r"f32\[([\d,]+)\]", text)
+    return {math.prod(map(int, shape.split(","))) for shape in shapes}
+
+  assert B * T * V in sizes(None)
+  assert max(sizes(8)) < B * T * V
+  assert B * 8 * V in sizes(8)
+
+
+def test_the_scores_that_exist_together_are_those_of_a_device():
+  assert chunk_length(4, 2**20) == SCORES_AT_ONCE // 2**22
+  assert chunk_length(1, 2 * SCORES_AT_ONCE) == 1
+  with jax.set_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
+    assert chunk_length(4, 2**20) == SCORES_AT_ONCE // 2**19

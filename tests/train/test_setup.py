@@ -14,14 +14,12 @@ from slowfast_jax.errors import UserError
 from slowfast_jax.models.presets import PRESETS
 from slowfast_jax.models.slowfast import CompressorConfig
 from slowfast_jax.sharding import make_mesh
+from slowfast_jax.train.plan import geometry_of, model_config, optimizer_config
 from slowfast_jax.train.setup import (
   check_batch,
-  geometry_of,
   initial_state,
   local_rows,
-  model_config,
   open_setup,
-  optimizer_config,
   place_batch,
 )
 from tests.train.tiny_run import record, tiny_config, write_data, write_records
@@ -84,7 +82,7 @@ def test_optimizer_config_takes_its_length_from_the_steps(data):
   config = tiny_config(data, "train.steps=77", "optimizer.groups=(('^vision', 0.1), ('x', 2))")
   got = optimizer_config(config)
   assert got.total_steps == 77
-  assert got.groups == (("^vision", 0.1), ("x", 2.0))
+  assert got.groups == (("^vision", 0.1), ("x", 2))
   assert got.learning_rate == config.optimizer.learning_rate
 
 
@@ -92,6 +90,12 @@ def test_optimizer_config_takes_its_length_from_the_steps(data):
   ("override", "words"),
   [
     ("train.dtype=float16", "train.dtype must be one of"),
+    ("train.remat=all", "train.remat must be one of .*'offload', 'full'.*, got 'all'"),
+    ("train.z_loss=-1", "train.z_loss must not be negative, got -1.0"),
+    ("train.accumulation=0", "train.accumulation must be at least 1, got 0"),
+    ("train.accumulation=2", "mesh.data x mesh.fsdp x train.accumulation = 16, got 8"),
+    ("optimizer.name=sgd", "optimizer.name must be one of .*, got 'sgd'"),
+    ("optimizer.groups=(('(', 1.0),)", "optimizer.groups: '\\(' is no regex"),
     ("train.log_every=0", "train.log_every must be at least 1, got 0"),
     ("train.steps=0", "train.steps must be at least 1, got 0"),
     ("model.preset=dmeo", "unknown preset 'dmeo'"),

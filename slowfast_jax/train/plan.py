@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training config means before anything is opened: model, mesh, shapes, optimiser, the step.
+
+Enough to compile a run's program on any machine; what it also needs to run is in `setup`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh
+
+from slowfast_jax.checkpoints.trees import abstract_state
+from slowfast_jax.data.packing import Geometry, empty_row
+from slowfast_jax.data.pipeline import Bucket
+from slowfast_jax.errors import UserError
+from slowfast_jax.models.hybrid import INITS
+from slowfast_jax.models.presets import build_config
+from slowfast_jax.models.remat import REMAT
+from slowfast_jax.models.slowfast import SlowFastConfig
+from slowfast_jax.shapes import Batch
+from slowfast_jax.sharding import batch_sharding, make_mesh
+from slowfast_jax.train.optimizer import OptimizerConfig, split_frozen
+from slowfast_jax.train.step import TrainState, init_state, make_train_step
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """The program of a run, without its data.
+
+  Attributes:
+    config: what the parts were made of.
+    model: sizes and variants of the model.
+    mesh: all devices.
+    optimizer: its numbers.
+    geometry: shapes of a batch's rows.
+    buckets: further shapes that steps have.
+  """
+
+  config: ml_collections.ConfigDict
+  model: SlowFastConfig
+  mesh: Mesh
+  optimizer: OptimizerConfig
+  geometry: Geometry
+  buckets: list[Bucket]
+
+  def init(self, key: jax.Array) -> TrainState:
+    """A fresh state; to be run under jit."""
+    return init_state(self.model, self.optimizer, key)
+
+  def abstract_state(self) -> TrainState:
+    """The state's shapes and its place on the mesh."""
+    return abstract_state(self.init, self.mesh, jax.random.key(0))
+
+  def abstract_batches(self) -> list[Batch]:
+    """The shapes that steps have, and their place on the mesh: the first is the config's own."""
+    sizes = [(self.geometry, self.config.data.batch_size)]
+    sizes += [(bucket.geometry, bucket.batch_size) for bucket in self.buckets]
+    return [_abstract_batch(geometry, rows, self.mesh) for geometry, rows in sizes]
+
+  def train_step(self):
+    """The step as a function of state and batch; see `make_train_step`."""
+    train = self.config.train
+    return make_train_step(
+      self.model,
+      self.optimizer,
+      dtype=jnp.dtype(train.dtype),
+      remat=train.remat,
+      accumulation=train.accumulation,
+      z_loss=train.z_loss,
+    )
+
+
+def make_plan(config: ml_collections.ConfigDict, devices: list | None = None) -> Plan:
+  """Checks all that a config says of the program; no file is opened.
+
+  Args:
+    config: see configs/demo.py.
+    devices: what the mesh is made of, described ones too; None: those of this machine.
+
+  Raises:
+    UserError: something does not exist or does not fit; names the field to change.
+  """
+  c = config
+  _check_train(c)
+  mesh = make_mesh(c.mesh.to_dict(), devices)
+  model = model_config(c.model)
+  geometry, buckets = geometry_of(model, c.data), _buckets(model, c.data)
+  for rows in (c.data.batch_size, *(bucket.batch_size for bucket in buckets)):
+    _check_rows(mesh, rows, c.train.accumulation)
+  plan = Plan(c, model, mesh, optimizer_config(c), geometry, buckets)
+  params = jax.eval_shape(plan.init, jax.random.key(0)).params
+  if not split_frozen(params, plan.optimizer)[0]:
+    raise UserError(f"optimizer.groups freezes every parameter: {plan.optimizer.groups}.")
+  return plan
+
+
+def model_config(c: ml_collections.ConfigDict) -> SlowFastConfig:
+  """The preset with the config's changes; without `slow` the model has the fast tokens alone."""
+  changes: dict[str, Any] = {
+    part: c[part].to_dict() for part in ("vision", "decoder", "compressor")
+  }
+  changes["hybrid"] = c.hybrid.to_dict() if c.slow else None
+  return build_config(c.preset, changes)
+
+
+def geometry_of(model: SlowFastConfig, data: Mapping[str, Any]) -> Geometry:
+  """Static shapes of the rows that this model is trained on.
+
+  Raises:
+    UserError: the bounds leave no room, or the strides do not fit the frames' token grid.
+  """
+  vision, compressor = model.vision, model.compressor
+  # As SlowFast.encode does: only videos are pooled before the compressor.
+  pooled = compressor.video_pooling_stride if data["num_frames"] > 1 else 1
+  side = vision.side // pooled // compressor.spatial_stride
+  if side < 1:
+    raise UserError(
+      f"model.compressor: strides {pooled} and {compressor.spatial_stride} leave nothing of "
+      f"{vision.side} x {vision.side} tokens of a frame."
+    )
+  geometry = Geometry(
+    num_frames=data["num_frames"],
+    decoder_length=data["decoder_length"],
+    text_bound=data["text_bound"],
+    image_size=(vision.image_size, vision.image_size),
+    tokens_per_frame=side**2,
+    sampling_stride=compressor.sampling_stride,
+    temporal_stride=compressor.temporal_stride,
+    min_fast_frames=compressor.min_fast_frames,
+    query_set="text-only" if model.hybrid is None else model.hybrid.queries,
+    slow=bool(model.hybrid_layers),
+  )
+  fast = geometry.num_fast_tokens(geometry.num_frames)
+  if fast >= geometry.decoder_length:
+    raise UserError(
+      f"data.decoder_length is {geometry.decoder_length}, and the {fast} fast tokens of "
+      f"{geometry.num_frames} frames leave no room in it for text; raise it, or compress more."
+    )
+  return geometry
+
+
+def optimizer_config(c: ml_collections.ConfigDict) -> OptimizerConfig:
+  fields = c.optimizer.to_dict()
+  known = {field.name for field in dataclasses.fields(OptimizerConfig)} - {"total_steps"}
+  if unknown := sorted(set(fields) - known):
+    raise UserError(f"optimizer.{unknown[0]}: no such field; optimizer has {sorted(known)}.")
+  groups = tuple(tuple(group) for group in fields.pop("groups", ()))
+  return OptimizerConfig(total_steps=c.train.steps, groups=groups, **fields)
+
+
+def _check_train(c: ml_collections.ConfigDict) -> None:
+  for field, value, known in (
+    ("train.dtype", c.train.dtype, DTYPES),
+    ("train.remat", c.train.remat, REMAT),
+    ("model.hybrid_init", c.model.hybrid_init, INITS),
+  ):
+    if value not in known:
+      raise UserError(f"{field} must be one of {known}, got {value!r}.")
+  for field in ("steps", "log_every", "checkpoint_every", "accumulation"):
+    if c.train[field] < 1:
+      raise UserError(f"train.{field} must be at least 1, got {c.train[field]}.")
+  if c.train.z_loss < 0:
+    raise UserError(f"train.z_loss must not be negative, got {c.train.z_loss}.")
+
+
+def _check_rows(mesh: Mesh, batch_size: int, accumulation: int) -> None:
+  """Every device must have as many rows of every part of a batch."""
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  if batch_size < 1 or batch_size % (parts * accumulation):
+    by = f" x train.accumulation = {parts * accumulation}" if accumulation > 1 else f" = {parts}"
+    raise UserError(
+      f"data.batch_size must be a multiple of mesh.data x mesh.fsdp{by}, got {batch_size}."
+    )
+
+
+def _abstract_batch(geometry: Geometry, rows: int, mesh: Mesh) -> Batch:
+  row = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, empty_row(geometry)))
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=batch_sharding(mesh)),
+    row,
+  )
+
+
+def _buckets(model: SlowFastConfig, data: Mapping[str, Any]) -> list[Bucket]:
+  """The further shapes of data.buckets: (num_frames, decoder_length, text_bound, batch_size)."""
+  names = ("num_frames", "decoder_length", "text_bound", "batch_size")
+  buckets = []
+  for shape in data.get("buckets", ()):
+    if len(shape) != len(names):
+      raise UserError(f"data.buckets: each must be {names}, got {tuple(shape)}.")
+    fields = dict(zip(names, shape))
+    buckets.append(Bucket(geometry_of(model, {**data, **fields}), fields["batch_size"]))
+  return buckets
