@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 	$(BIN)/slowfast demo --workdir runs/demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Beam holds other packages back, so it does not share an environment with the rest.
 test-beam: $(VENV)-beam/.installed

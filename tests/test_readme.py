@@ -96,7 +96,11 @@ def check_slowfast(command: str, folder: Folder) -> None:
 def check_make(command: str, folder: Folder) -> None:
   """The target exists, installs, and ends in the command that the rest of the README counts on."""
   target = command.split()[1]
-  last = {"demo": DEMO, "test": "python -m pytest -n 2 --dist loadfile", "lint": "mypy"}[target]
+  last = {
+    "demo": DEMO,
+    "test": "python -m pytest -n 2 --dist loadfile --no-loadscope-reorder",
+    "lint": "mypy",
+  }[target]
   plan = subprocess.run(
     # Started by `make test`, this make is an inner one and would say which folder it enters.
     ["make", "--no-print-directory", "-n", f"VENV={folder.path}/venv", target],
