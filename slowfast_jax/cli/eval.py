@@ -13,6 +13,7 @@ from slowfast_jax.cli.progress import Progress
 from slowfast_jax.config import load_config
 from slowfast_jax.errors import UsageError
 from slowfast_jax.eval.compare import compare_runs, describe
+from slowfast_jax.eval.compare_page import write_comparison
 from slowfast_jax.eval.judge import judge
 from slowfast_jax.eval.runner import evaluate
 from slowfast_jax.eval.table import summarize
@@ -24,7 +25,7 @@ EXAMPLES = """examples:
       --config.videos=videos/ --checkpoint=runs/mine/export --workdir=runs/mine/eval
   slowfast eval --config=configs/eval_paper.py:mlvu --config.questions=/data/mlvu \\
       --checkpoint=CHECKPOINT --workdir=runs/mlvu
-  slowfast eval --compare runs/mlvu runs/mlvu_other
+  slowfast eval --compare runs/mlvu runs/mlvu_other --html flipped.html
 
 Questions of one's own are one JSON object a line:
 
@@ -36,9 +37,10 @@ lmms-eval 0.7.3 does. Tasks: videomme, videomme_w_subtitle, mlvu, mvbench, egosc
 egoschema_subset, longvideobench, perceptiontest, nextqa_mc, activitynetqa,
 tempcompass_{multi_choice,yes_no,caption_matching,captioning}.
 
-WORKDIR gets predictions.jsonl, a line for every question, and results.json. The same command again
-resumes where a killed run stopped; SIGTERM stops it, with exit code 42. Questions whose video
-cannot be read count as wrong, and as errors; --config.retry_errors=true asks them again.
+WORKDIR gets predictions.jsonl, a line for every question, results.json, and report.html with what
+went wrong. The same command again resumes where a killed run stopped; SIGTERM stops it, with exit
+code 42. Questions whose video cannot be read count as wrong, and as errors;
+--config.retry_errors=true asks them again.
 
 ActivityNetQA and TempCompass have replies that a language model must judge. That is a second
 command, on finished predictions, with any OpenAI-compatible endpoint (key: OPENAI_API_KEY):
@@ -58,13 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--judge", metavar="URL", help="have the replies in WORKDIR judged through this endpoint")
   add("--judge_model", metavar="NAME", help="the judge's name there")
   add("--compare", nargs=2, metavar="DIR", help="compare the runs in two such folders")
+  add("--html", metavar="FILE", help="write the comparison as a page, with what flipped")
 
 
 def run(args: argparse.Namespace) -> int:
   if args.compare:
     first, second = map(Path, args.compare)
-    print(describe(first, second, *compare_runs(first, second)))
-    return 0
+    return _compare(first, second, args.html)
   _check_given(args, "config", "workdir", *(["judge_model"] if args.judge else ["checkpoint"]))
   config = load_config(args.config, args.overrides)
   title = ("Judging", "replies") if args.judge else ("Evaluating", "questions")
@@ -75,7 +77,16 @@ def run(args: argparse.Namespace) -> int:
       results = evaluate(config, args.checkpoint, args.workdir, progress)
   for task, row in results.items():
     print(summarize(task, row))
-  print(f"{args.workdir}/results.json")
+  print(f"{args.workdir}/results.json\n{args.workdir}/report.html")
+  return 0
+
+
+def _compare(first: Path, second: Path, html: str | None) -> int:
+  count, differences = compare_runs(first, second)
+  print(describe(first, second, count, differences))
+  if html:
+    write_comparison(first, second, differences, Path(html))
+    print(html)
   return 0
 
 

@@ -57,9 +57,7 @@ def compare_runs(first: Path, second: Path) -> tuple[int, dict[str, Difference]]
   Raises:
     UserError: a folder has no predictions, or they are of different tasks or questions.
   """
-  before, after = _read(first), _read(second)
-  _check_same(first, second, before, after)
-  lines = [(before[name], after[name]) for name in before]
+  lines = read_pairs(first, second)
   videos = [line["video"] for line, _ in lines]
   fields = dict(SCORINGS)
   if all(JUDGED in line for pair in lines for line in pair):
@@ -69,6 +67,13 @@ def compare_runs(first: Path, second: Path) -> tuple[int, dict[str, Difference]]
     right = np.array([[line[field] for line in pair] for pair in lines], bool)
     found[name] = difference(right[:, 0], right[:, 1], videos)
   return len(lines), found
+
+
+def read_pairs(first: Path, second: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+  """What two runs made of every question; errors as of `compare_runs`."""
+  before, after = _read(first), _read(second)
+  _check_same(first, second, before, after)
+  return [(before[name], after[name]) for name in before]
 
 
 def difference(

@@ -18,6 +18,7 @@ from typing import Any
 import ml_collections
 
 from slowfast_jax.errors import UserError
+from slowfast_jax.eval.report import write_report
 from slowfast_jax.eval.results import (
   JUDGEMENTS,
   PREDICTIONS,
@@ -26,7 +27,7 @@ from slowfast_jax.eval.results import (
   PredictionsFile,
   parse_lines,
 )
-from slowfast_jax.eval.runner import Progress, hash_questions, join, read_questions
+from slowfast_jax.eval.runner import Progress, hash_questions, join, read_questions, videos_folder
 from slowfast_jax.eval.tasks import Prediction
 from slowfast_jax.eval.tasks.judged import Judged, Verdict
 from slowfast_jax.files import replace_json
@@ -85,7 +86,9 @@ def judge(
     for name, text, error in _ask_all(ask, todo):
       file.append([_line(task, by_id[name], name, text, error)])
       report(len(file.done), len(asked), sum(bool(line["error"]) for line in file.done.values()))
-    return _add_results(task, folder, model, found, asked, file.done)
+    results = _add_results(task, folder, model, found, asked, file.done)
+  write_report(task, docs, videos_folder(config), folder)
+  return results
 
 
 def _finished(folder: Path, questions: str, count: int) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from slowfast_jax.errors import UserError
 from slowfast_jax.files import replace_json, replace_text
 
 PREDICTIONS, RUN, RESULTS = "predictions.jsonl", "run.json", "results.json"
-SUBMISSION, JUDGEMENTS = "submission.json", "judgements.jsonl"
+SUBMISSION, JUDGEMENTS, REPORT = "submission.json", "judgements.jsonl", "report.html"
 
 
 class PredictionsFile:

@@ -19,9 +19,10 @@ import ml_collections
 from absl import logging
 
 from slowfast_jax.checkpoints.export import Export
-from slowfast_jax.checkpoints.open import load_checkpoint
+from slowfast_jax.checkpoints.open import load_checkpoint, open_checkpoint
 from slowfast_jax.errors import UserError
 from slowfast_jax.eval.pictures import read_picture_folder
+from slowfast_jax.eval.report import write_report
 from slowfast_jax.eval.results import RESULTS, SUBMISSION, PredictionsFile
 from slowfast_jax.eval.tasks import Doc, Prediction, Task, get_task
 from slowfast_jax.eval.tasks.media import find_video
@@ -65,8 +66,8 @@ def evaluate(
     UserError: the questions, the checkpoint or the folder cannot be used, or no video can be read.
   """
   task, docs = read_questions(config)
-  if not _videos(config).is_dir():
-    raise UserError(f"videos = {str(_videos(config))!r}: there is no such folder.")
+  if not videos_folder(config).is_dir():
+    raise UserError(f"videos = {str(videos_folder(config))!r}: there is no such folder.")
   folder = Path(workdir)
   questions = [_Question(task.doc_id(doc), doc, task.video(doc)) for doc in docs]
   run = _describe(config, task, docs, checkpoint)
@@ -83,13 +84,14 @@ def evaluate(
   if (submission := task.submission(found)) is not None:
     replace_json(folder / SUBMISSION, submission)
   replace_json(folder / RESULTS, results)
+  write_report(task, docs, videos_folder(config), folder)
   return results
 
 
 def read_questions(config: ml_collections.ConfigDict) -> tuple[Task, list[Doc]]:
   """The task of an evaluation and its questions."""
   task = get_task(config.task, config.prompt_set or None)
-  return task, task.docs(config.questions, str(_videos(config)))
+  return task, task.docs(config.questions, str(videos_folder(config)))
 
 
 def hash_questions(task: Task, docs: Sequence[Doc]) -> str:
@@ -138,7 +140,9 @@ class _Asker:
     for video, frames in self._frames(list(by_video)):
       if isinstance(frames, str):
         logging.warning("%s", frames)
-        self._predictions.append(_line(self._task, q, error=frames) for q in by_video[video])
+        self._predictions.append(
+          prediction_line(self._task, q.doc, error=frames) for q in by_video[video]
+        )
         tell()
         continue
       if frames.lost:
@@ -160,7 +164,7 @@ class _Asker:
       ahead: deque[tuple[str, Future]] = deque()
       try:
         for video in videos:
-          ahead.append((video, pool.submit(_read, _videos(config) / video, self._export)))
+          ahead.append((video, pool.submit(_read, videos_folder(config) / video, self._export)))
           # One more than threads, so that none of them ever waits for the device.
           if len(ahead) > config.read_threads:
             name, future = ahead.popleft()
@@ -179,7 +183,8 @@ class _Asker:
       decode_cross_attention=self._config.decode_cross_attention,
     )
     self._predictions.append(
-      _line(self._task, question, reply) for (question, _), reply in zip(batch, replies)
+      prediction_line(self._task, question.doc, reply)
+      for (question, _), reply in zip(batch, replies)
     )
 
 
@@ -192,7 +197,7 @@ def _by_video(questions: Sequence[_Question], done: Container[str]) -> dict[str,
   return {video: group for video, group in left.items() if group}
 
 
-def _videos(config: ml_collections.ConfigDict) -> Path:
+def videos_folder(config: ml_collections.ConfigDict) -> Path:
   """Releases have their videos in the folder of their questions."""
   return Path(config.videos or config.questions)
 
@@ -207,13 +212,13 @@ def _read(path: Path, export: Export) -> ModelFrames | str:
     return f"{path}: {type(error).__name__}: {error}"
 
 
-def _line(task: Task, question: _Question, reply: str = "", error: str = "") -> dict[str, Any]:
+def prediction_line(task: Task, doc: Doc, reply: str = "", error: str = "") -> dict[str, Any]:
   """A line of predictions.jsonl: how the reply is read, and whether that is right, both ways."""
-  doc = question.doc
   answer, strict = ("", "") if error else (task.parse(doc, reply), task.parse_strict(doc, reply))
   return {
-    "id": question.id,
-    "video": question.video,
+    "id": task.doc_id(doc),
+    "video": task.video(doc),
+    "prompt": task.prompt(doc),
     "reply": reply,
     "answer": answer,
     "strict": strict,
@@ -237,11 +242,14 @@ def _describe(
 ) -> dict[str, Any]:
   """All that an answer depends on."""
   names = ("max_new_tokens", "zero_slow", "decode_cross_attention", "dtype")
+  fingerprint = _fingerprint(Path(checkpoint))
+  frames = dataclasses.asdict(open_checkpoint(checkpoint).export.video)
   return {
     "task": task.name,
     "prompt_set": task.prompt_set,
     "questions": hash_questions(task, docs),
-    "checkpoint": _fingerprint(Path(checkpoint)),
+    "checkpoint": fingerprint,
+    "frames": frames,
     **{name: config[name] for name in names},
   }
 

@@ -35,6 +35,12 @@ NOTES = {
 
 def summarize(task: str, row: Mapping[str, Any]) -> str:
   """A row of results.json as a table."""
+  text = [f"{task} (prompts: {row['prompt_set']})", *_align(score_rows(task, row))]
+  return "\n".join([*text, *(f"  {note}" for note in notes(task, row))])
+
+
+def score_rows(task: str, row: Mapping[str, Any]) -> list[list[str]]:
+  """The cells of that table, what the columns are called first; rows may be shorter."""
   scale = BENCHMARKS[task].scale / 100 if task in BENCHMARKS else 1
   published = [_number(score * scale) for score in PUBLISHED.get(task, ())]
   strict = row.get("strict", {})
@@ -45,12 +51,16 @@ def summarize(task: str, row: Mapping[str, Any]) -> str:
     cells = [name, _number(value)]
     cells += [_number(strict.get(name, ""))] if strict else []
     rows.append(cells + (published if name == main else []))
-  text = [f"{task} (prompts: {row['prompt_set']})", *_align(rows)]
+  return rows
+
+
+def notes(task: str, row: Mapping[str, Any]) -> list[str]:
+  """What a reader has to know before comparing these scores with the paper's."""
   if task in NOTES:
-    text.append(f"  {NOTES[task]}")
-  elif published and row["prompt_set"] != "paper":
-    text.append("  These are not the paper's prompts: its scores do not compare with these.")
-  return "\n".join(text)
+    return [NOTES[task]]
+  if task in PUBLISHED and row["prompt_set"] != "paper":
+    return ["These are not the paper's prompts: its scores do not compare with these."]
+  return []
 
 
 def _compared(task: str, flat: Mapping[str, Any]) -> str:

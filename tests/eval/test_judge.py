@@ -11,7 +11,8 @@ from slowfast_jax.cli.main import main
 from slowfast_jax.config import load_config
 from slowfast_jax.errors import UserError
 from slowfast_jax.eval import get_task, judge
-from slowfast_jax.eval.runner import hash_questions, join, summarize
+from slowfast_jax.eval.runner import hash_questions, join, prediction_line, summarize
+from tests.eval.runs import RUN
 from tests.eval.tasks.docs import DOCS
 
 REPLIES = ("Yes.", "sure", "no", "maybe")
@@ -67,17 +68,15 @@ def finished(tmp_path):
     rows = [{**DOCS[name], field: f"q{i}"} for i in range(4)]
     (tmp_path / "test.json").write_text(json.dumps(rows))
     docs = task.docs(str(tmp_path))
-    lines = {}
-    for i, (doc, reply) in enumerate(zip(docs, replies)):
-      error = "no video" if i == 3 else ""
-      answer = "" if error else task.parse(doc, reply)
-      ids = {"id": task.doc_id(doc), "video": f"{i}.mp4"}
-      lines[ids["id"]] = {**ids, "reply": reply, "answer": answer, "error": error}
+    errors = ["", "", "", "no video"]
+    parts = zip(docs, replies, errors)
+    lines = [prediction_line(task, doc, "" if e else reply, e) for doc, reply, e in parts]
     run = tmp_path / "run"
     run.mkdir()
-    (run / "predictions.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines.values()))
-    (run / "run.json").write_text(json.dumps({"questions": hash_questions(task, docs)}))
-    row = summarize(task, join(task, docs, lines))
+    (run / "predictions.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    asked = {"questions": hash_questions(task, docs), **RUN}
+    (run / "run.json").write_text(json.dumps(asked))
+    row = summarize(task, join(task, docs, {line["id"]: line for line in lines}))
     (run / "results.json").write_text(json.dumps({name: row}))
     config = load_config(f"configs/eval_paper.py:{name}", [f"--config.questions={tmp_path}"])
     return config, run
@@ -103,6 +102,7 @@ def test_replies_are_judged(finished, endpoint, monkeypatch):
   assert verdicts(run) == {"q0": (True, 5), "q1": (False, 2), "q2": (None, None)}
   assert told[0] == (0, 3, 0)
   assert told[-1] == (3, 3, 0)
+  assert "judge accuracy" in (run / "report.html").read_text()
   path, headers, body = endpoint.requests[0]
   assert path == "/v1/chat/completions"
   assert headers["Authorization"] == "Bearer secret"

@@ -40,7 +40,7 @@ class Benchmark:
   id_fields: ClassVar[tuple[str, ...]]
   metric: str
   scale: ClassVar[int] = 100
-  groups: ClassVar[tuple[str, ...]] = ()
+  groups: tuple[str, ...] = ()
 
   def __init__(self, prompt_set: str = "paper"):
     if prompt_set not in PROMPT_SETS:

@@ -25,6 +25,7 @@ class JsonlTask:
   """Questions from a file, scored by the share of right letters."""
 
   name = "jsonl"
+  groups: tuple[str, ...] = ("kind",)
 
   def __init__(self, prompt_set: str = "letter"):
     if prompt_set not in PROMPT_SETS:

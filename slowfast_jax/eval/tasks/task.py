@@ -35,6 +35,7 @@ class Task(Protocol):
 
   name: str
   prompt_set: str
+  groups: tuple[str, ...]  # Fields of a question that scores are also given by.
 
   def docs(self, questions: str, videos: str = "") -> list[Doc]:
     """Reads the questions, in order; `videos` is the folder of videos."""
