@@ -29,6 +29,7 @@ VERBS = {
   "train": "train a model; the same command again resumes",
   "eval": "evaluate a checkpoint",
   "chat": "ask a checkpoint about a video",
+  "serve": "serve a checkpoint: OpenAI's HTTP interface and a web page",
   "convert": "convert a checkpoint between Hugging Face and Orbax, or make one of its parts",
   "bench": "run a benchmark of the checkout",
   "doctor": "check what works on this machine and what does not",
