@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+import jax
+
+from slowfast_jax import distributed
 from slowfast_jax.cli.main import PREEMPTED
 from slowfast_jax.cli.progress import Progress
 from slowfast_jax.config import load_config
@@ -42,6 +45,10 @@ went wrong. The same command again resumes where a killed run stopped; SIGTERM s
 code 42. Questions whose video cannot be read count as wrong, and as errors;
 --config.retry_errors=true asks them again.
 
+On several hosts start the same command on each, with one WORKDIR that all of them share: they
+divide the videos. On Cloud TPU they find each other; elsewhere set
+JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
 ActivityNetQA and TempCompass have replies that a language model must judge. That is a second
 command, on finished predictions, with any OpenAI-compatible endpoint (key: OPENAI_API_KEY):
 
@@ -70,11 +77,16 @@ def run(args: argparse.Namespace) -> int:
   _check_given(args, "config", "workdir", *(["judge_model"] if args.judge else ["checkpoint"]))
   config = load_config(args.config, args.overrides)
   title = ("Judging", "replies") if args.judge else ("Evaluating", "questions")
-  with _stopped_by_sigterm(), Progress(*title) as progress:
+  if not args.judge:  # That needs no devices.
+    distributed.initialize()
+  leads = bool(args.judge) or jax.process_index() == 0
+  with _stopped_by_sigterm(), Progress(*title, enabled=leads) as progress:
     if args.judge:
       results = judge(config, args.workdir, args.judge, args.judge_model, progress)
     else:
       results = evaluate(config, args.checkpoint, args.workdir, progress)
+  if not leads:
+    return 0
   for task, row in results.items():
     print(summarize(task, row))
   print(f"{args.workdir}/results.json\n{args.workdir}/report.html")

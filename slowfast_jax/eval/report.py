@@ -47,8 +47,7 @@ def write_report(task: Task, docs: Sequence[Doc], videos: Path, folder: Path) ->
     task=task.name,
     run=run,
     row=row,
-    header=score_rows(task.name, row)[0],
-    scores=score_rows(task.name, row)[1:],
+    scores=score_rows(task.name, _without_groups(row)),
     notes=notes(task.name, row),
     groups=_groups(task, asked) if scored else [],
     strict=any(line["right"] != line["strict_right"] for _, line in asked),
@@ -60,6 +59,11 @@ def write_report(task: Task, docs: Sequence[Doc], videos: Path, folder: Path) ->
     failed_count=len(failed),
   )
   replace_text(folder / REPORT, page)
+
+
+def _without_groups(row: Line) -> Line:
+  """Those are drawn."""
+  return {k: v for k, v in row.items() if k in ("strict", "judge") or not isinstance(v, Mapping)}
 
 
 def _groups(task: Task, asked: Sequence[tuple[Doc, Line]]) -> list[dict[str, Any]]:

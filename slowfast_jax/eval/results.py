@@ -3,17 +3,25 @@
 
 predictions.jsonl only grows, one line a question, so a run that is killed at any moment goes on
 where it was. run.json says what the lines were made with: lines of different runs never mix.
+
+Several processes cannot append to one file, least of all over a network. There every append is a
+file of its own in a folder beside it, whole or not there at all; in the end they are merged.
 """
 
+import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from slowfast_jax.errors import UserError
 from slowfast_jax.files import replace_json, replace_text
 
+# What processes append at the same time.
+PARTS = "predictions.parts"
 PREDICTIONS, RUN, RESULTS = "predictions.jsonl", "run.json", "results.json"
 SUBMISSION, JUDGEMENTS, REPORT = "submission.json", "judgements.jsonl", "report.html"
 
@@ -40,10 +48,12 @@ class PredictionsFile:
   ):
     folder.mkdir(parents=True, exist_ok=True)
     self._path = folder / names[0]
-    if self._path.exists():
+    # Of several processes that were killed before they merged.
+    parts = read_parts(folder) if names[0] == PREDICTIONS else []
+    if self._path.exists() or parts:
       _check_run(folder, run, names)
     replace_json(folder / names[1], run)
-    self.done = {line["id"]: line for line in self._read()}
+    self.done = newest(self._read(), parts)
     if retry_errors and any(line["error"] for line in self.done.values()):
       self.done = {i: line for i, line in self.done.items() if not line["error"]}
       replace_text(self._path, "".join(map(_encode, self.done.values())))
@@ -73,6 +83,80 @@ class PredictionsFile:
       with self._path.open("r+b") as file:
         file.truncate(len(whole))
     return parse_lines(whole, self._path)
+
+
+class PredictionParts:
+  """The same for one of several processes; what all of them did is done.
+
+  Args:
+    folder: shared by all processes.
+    run, retry_errors: as of `PredictionsFile`.
+    first: for one of the processes, which describes the run.
+
+  Raises:
+    UserError: as of `PredictionsFile`.
+  """
+
+  def __init__(
+    self, folder: Path, run: Mapping[str, Any], retry_errors: bool = False, *, first: bool
+  ):
+    self._folder = folder / PARTS
+    self._folder.mkdir(parents=True, exist_ok=True)
+    self.done = read_all(folder)
+    if self.done:
+      _check_run(folder, run, (PREDICTIONS, RUN))
+    if first:
+      replace_json(folder / RUN, run)
+    if retry_errors:
+      self.done = {i: line for i, line in self.done.items() if not line["error"]}
+
+  def __enter__(self) -> "PredictionParts":
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    pass  # Nothing is open.
+
+  def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
+    """As of `PredictionsFile`."""
+    new = [dict(line) for line in lines]
+    path = self._folder / f"{uuid.uuid4().hex}.jsonl"
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+      file.write("".join(map(_encode, new)).encode())
+      file.flush()
+      os.fsync(file.fileno())
+    partial.replace(path)
+    self.done |= {line["id"]: line for line in new}
+
+
+def read_all(folder: Path) -> dict[str, dict[str, Any]]:
+  """All lines by their questions, merged or not."""
+  path = folder / PREDICTIONS
+  content = path.read_bytes() if path.exists() else b""
+  return newest(parse_lines(content[: content.rfind(b"\n") + 1], path), read_parts(folder))
+
+
+def read_parts(folder: Path) -> list[dict[str, Any]]:
+  """The lines that are not merged yet."""
+  files = sorted((folder / PARTS).glob("*.jsonl"))
+  return [line for file in files for line in parse_lines(file.read_bytes(), file)]
+
+
+def newest(*parts: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+  """Lines by their questions; an answer stands, whatever error came before or after it."""
+  found: dict[str, dict[str, Any]] = {}
+  for line in itertools.chain(*parts):
+    if line["id"] not in found or found[line["id"]]["error"]:
+      found[line["id"]] = line
+  return found
+
+
+def merge_parts(folder: Path, order: Sequence[str]) -> None:
+  """Makes one predictions.jsonl of everything, its questions in this order, if there are parts."""
+  if (folder / PARTS).exists():
+    lines = read_all(folder)
+    replace_text(folder / PREDICTIONS, "".join(_encode(lines[name]) for name in order))
+    shutil.rmtree(folder / PARTS)
 
 
 def parse_lines(content: bytes, path: Path) -> list[dict[str, Any]]:

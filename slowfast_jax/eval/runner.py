@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a task on a checkpoint: read videos ahead, ask in batches, write every answer down.
 
-All questions of a video share its encoding, and batches mix videos. A video that cannot be read is
-an error of its questions, which count as wrong and are counted apart.
+All questions of a video share its encoding, and batches mix videos. Several processes divide the
+videos among them. A video that cannot be read is an error of its questions, which count as wrong
+and are counted apart.
 """
 
 import dataclasses
@@ -15,21 +16,29 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 from absl import logging
 
 from slowfast_jax.checkpoints.export import Export
 from slowfast_jax.checkpoints.open import load_checkpoint, open_checkpoint
 from slowfast_jax.errors import UserError
+from slowfast_jax.eval.hosts import local_mesh, wait_for_all
 from slowfast_jax.eval.pictures import read_picture_folder
 from slowfast_jax.eval.report import write_report
-from slowfast_jax.eval.results import RESULTS, SUBMISSION, PredictionsFile
+from slowfast_jax.eval.results import (
+  RESULTS,
+  SUBMISSION,
+  PredictionParts,
+  PredictionsFile,
+  merge_parts,
+  read_all,
+)
 from slowfast_jax.eval.tasks import Doc, Prediction, Task, get_task
 from slowfast_jax.eval.tasks.media import find_video
 from slowfast_jax.files import replace_json
 from slowfast_jax.generate.engine import Engine, VideoSession
 from slowfast_jax.generate.video import ModelFrames, read_video
-from slowfast_jax.sharding import make_mesh
 
 # (done, total, errors), the first call with what was done before.
 Progress = Callable[[int, int, int], None]
@@ -55,9 +64,9 @@ def evaluate(
   Args:
     config: see configs/eval_jsonl.py.
     checkpoint: an export.
-    workdir: gets predictions.jsonl, results.json and, where the benchmark has a server,
-      submission.json; the same call again resumes.
-    progress: is told how many questions are done.
+    workdir: gets predictions.jsonl, results.json, report.html and, where the benchmark has a
+      server, submission.json; the same call again resumes. Several processes share one.
+    progress: is told how many questions are done; of several processes, how many of this one's.
 
   Returns:
     The content of results.json: `{task: {"accuracy": ..., "n": ..., "errors": ...}}`.
@@ -72,19 +81,28 @@ def evaluate(
   questions = [_Question(task.doc_id(doc), doc, task.video(doc)) for doc in docs]
   run = _describe(config, task, docs, checkpoint)
   report = progress or (lambda done, total, errors: None)
-  with PredictionsFile(folder, run, config.retry_errors) as predictions:
+  # Batches mix videos, but their order is that of the videos.
+  order = [question.id for group in _by_video(questions, ()).values() for question in group]
+  with _open_predictions(folder, run, config.retry_errors) as predictions:
+    wait_for_all("read")  # Now all know what is to be done, and nobody has begun.
     todo = _by_video(questions, predictions.done)
-    _tell(report, predictions, len(questions))
-    if todo:
-      _Asker(config, checkpoint, task, predictions).ask(
-        todo, lambda: _tell(report, predictions, len(questions))
-      )
-  found = join(task, docs, predictions.done)
+    mine = dict(list(todo.items())[jax.process_index() :: jax.process_count()])
+    total = len(predictions.done) + sum(map(len, mine.values()))
+    _tell(report, predictions, total)
+    if todo:  # Also where nothing is left for this process: opening a model, all may have to meet.
+      asker = _Asker(config, checkpoint, task, predictions)
+      asker.ask(mine, lambda: _tell(report, predictions, total))
+  wait_for_all("answered")
+  if jax.process_index() == 0:
+    merge_parts(folder, order)
+  wait_for_all("merged")
+  found = join(task, docs, read_all(folder))
   results = {task.name: summarize(task, found)}
-  if (submission := task.submission(found)) is not None:
-    replace_json(folder / SUBMISSION, submission)
-  replace_json(folder / RESULTS, results)
-  write_report(task, docs, videos_folder(config), folder)
+  if jax.process_index() == 0:
+    if (submission := task.submission(found)) is not None:
+      replace_json(folder / SUBMISSION, submission)
+    replace_json(folder / RESULTS, results)
+    write_report(task, docs, videos_folder(config), folder)
   return results
 
 
@@ -126,9 +144,9 @@ class _Asker:
     config: ml_collections.ConfigDict,
     checkpoint: str | os.PathLike,
     task: Task,
-    predictions: PredictionsFile,
+    predictions: PredictionsFile | PredictionParts,
   ):
-    mesh = make_mesh(config.mesh.to_dict())
+    mesh = local_mesh(config.mesh.to_dict())
     self._config, self._task, self._predictions = config, task, predictions
     self._export = load_checkpoint(checkpoint, mesh)
     self._engine = Engine(
@@ -188,6 +206,14 @@ class _Asker:
     )
 
 
+def _open_predictions(
+  folder: Path, run: Mapping[str, Any], retry_errors: bool
+) -> PredictionsFile | PredictionParts:
+  if jax.process_count() == 1:
+    return PredictionsFile(folder, run, retry_errors)
+  return PredictionParts(folder, run, retry_errors, first=jax.process_index() == 0)
+
+
 def _by_video(questions: Sequence[_Question], done: Container[str]) -> dict[str, list[_Question]]:
   """What is still to be asked, video by video; their order does not depend on what is done."""
   groups: dict[str, list[_Question]] = {}
@@ -229,7 +255,7 @@ def prediction_line(task: Task, doc: Doc, reply: str = "", error: str = "") -> d
   }
 
 
-def _tell(report: Progress, predictions: PredictionsFile, total: int) -> None:
+def _tell(report: Progress, predictions: PredictionsFile | PredictionParts, total: int) -> None:
   errors = sum(bool(line["error"]) for line in predictions.done.values())
   report(len(predictions.done), total, errors)
 
