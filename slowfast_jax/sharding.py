@@ -77,6 +77,15 @@ def mesh_in_force() -> AbstractMesh | None:
   return None if mesh.empty or mesh.size == 1 else mesh
 
 
+def axes_that_divide(name: str | None, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+  """The mesh axes of a logical one, less the last of them if they do not divide its size."""
+  rule = () if name is None else RULES.get(name, ())
+  names = (rule,) if isinstance(rule, str) else rule
+  while size % math.prod(mesh.shape[axis] for axis in names):
+    names = names[:-1]
+  return names
+
+
 def constrain(x: Array, *axes: str | None) -> Array:
   """Lays an array out on the mesh in force, by the logical names of its first axes.
 
@@ -86,13 +95,10 @@ def constrain(x: Array, *axes: str | None) -> Array:
   mesh = mesh_in_force()
   if mesh is None:
     return x
-  entries: list[Any] = []
-  for name, size in zip(axes, x.shape):
-    rule = () if name is None else RULES.get(name, ())
-    names = (rule,) if isinstance(rule, str) else rule
-    while size % math.prod(mesh.shape[axis] for axis in names):
-      names = names[:-1]
-    entries.append(names or PartitionSpec.UNCONSTRAINED)
+  entries: list[Any] = [
+    axes_that_divide(name, size, mesh) or PartitionSpec.UNCONSTRAINED
+    for name, size in zip(axes, x.shape)
+  ]
   entries += [PartitionSpec.UNCONSTRAINED] * (x.ndim - len(entries))
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 

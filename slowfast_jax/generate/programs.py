@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 from slowfast_jax.generate.prompts import Prompts
 from slowfast_jax.generate.sampling import Sampling, next_token
 from slowfast_jax.generate.sessions import fit
+from slowfast_jax.kernels.self_attention import Causal
 from slowfast_jax.models.compressor import compress
-from slowfast_jax.models.decoder import KVCache, causal_mask
+from slowfast_jax.models.decoder import KVCache
 from slowfast_jax.models.hybrid import SlowKV, SlowQuery
 from slowfast_jax.models.slowfast import SlowFast
 
@@ -77,11 +78,11 @@ def embed_prompts(model: SlowFast, prompts: Prompts, visual: Visual) -> Float[Ar
   return model.embed(prompts.tokens, prompts.kind, visual.fast[:, :, None])
 
 
-def uncached(prompts: Prompts) -> tuple[Int[Array, "B T"], Bool[Array, "B 1 T T"]]:
+def uncached(prompts: Prompts) -> tuple[Int[Array, "B T"], Causal]:
   """Positions and mask of a pass over whole prompts, without a cache."""
   order = jnp.arange(prompts.tokens.shape[1])
   valid = order < prompts.lengths[:, None]
-  return jnp.broadcast_to(order, valid.shape), causal_mask(valid.astype(jnp.int32))
+  return jnp.broadcast_to(order, valid.shape), Causal(valid.astype(jnp.int32))
 
 
 def forward(model: SlowFast, prompts: Prompts, visual: Visual) -> Float[Array, "B T D"]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from slowfast_jax.kernels.self_attention import Causal, self_attention
 from slowfast_jax.models.layers import (
   Embedding,
   Projection,
@@ -130,7 +131,7 @@ class DecoderLayer(nnx.Module):
     self,
     x: Float[Array, "B T D"],
     rope,
-    mask: Bool[Array, "B 1 T L"],
+    mask: Causal | Bool[Array, "B 1 T L"],
     cache: tuple[Array, Array] | None = None,
     slots: Int[Array, "B T"] | None = None,
     read_slow: ReadSlow | None = None,
@@ -142,7 +143,7 @@ class DecoderLayer(nnx.Module):
       rows = jnp.arange(x.shape[0])[:, None]
       k = cache[0].at[rows, slots].set(k.astype(cache[0].dtype))
       v = cache[1].at[rows, slots].set(v.astype(cache[1].dtype))
-    o_BTNH = jax.nn.dot_product_attention(q_BTNH, k.astype(x.dtype), v.astype(x.dtype), mask=mask)
+    o_BTNH = self_attention(q_BTNH, k.astype(x.dtype), v.astype(x.dtype), mask)
     if read_slow is not None:
       o_BTNH = read_slow(q_BTNH, o_BTNH)
     x = x + self.attention.out(keep(o_BTNH, "attention"))
@@ -167,7 +168,7 @@ class Decoder(nnx.Module):
     self,
     x: Float[Array, "B T D"],
     positions: Int[Array, "B T"],
-    mask: Bool[Array, "B 1 T L"],
+    mask: Causal | Bool[Array, "B 1 T L"],
     *,
     cache: KVCache | None = None,
     readers: dict[int, ReadSlow] | None = None,
@@ -240,14 +241,6 @@ def _runs(num_layers: int, hybrid: list[int]) -> list[tuple[int, int, bool]]:
       runs.append((index, index + 1, True))
     start = index + 1
   return runs
-
-
-def causal_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
-  """Each position sees itself and earlier positions of its own sample."""
-  order = jnp.arange(segments.shape[1])
-  causal = order[:, None] >= order[None, :]
-  same = segments[:, :, None] == segments[:, None, :]
-  return (causal & same & (segments > 0)[:, :, None])[:, None]
 
 
 def cache_mask(positions: Int[Array, "B T"], num_slots: int) -> Bool[Array, "B 1 T L"]:

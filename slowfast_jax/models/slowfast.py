@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
+from slowfast_jax.kernels.self_attention import Causal
 from slowfast_jax.models.compressor import compress, spatial_pool
 from slowfast_jax.models.decoder import (
   Decoder,
@@ -23,7 +24,6 @@ from slowfast_jax.models.decoder import (
   KVCache,
   ReadSlow,
   cache_mask,
-  causal_mask,
 )
 from slowfast_jax.models.hybrid import HybridAdapter, HybridConfig, SlowKV, SlowQuery, slow_query
 from slowfast_jax.models.layers import layer_of, stack
@@ -212,7 +212,7 @@ class SlowFast(nnx.Module):
     x = self.embed(batch.tokens, batch.kind, fast)
     query = self.query(batch, slow.shape[2])
     readers = self.readers(self.slow_kv(slow, policy=policy), query)
-    mask = causal_mask(batch.segments)
+    mask = Causal(batch.segments)
     hidden, _ = self.decoder(x, batch.positions, mask, readers=readers, policy=policy)
     return hidden
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from slowfast_jax.kernels.self_attention import self_attention
 from slowfast_jax.models.layers import (
   LayerNorm,
   Projection,
@@ -115,7 +116,7 @@ class ViTBlock(nnx.Module):
   def __call__(self, x: Float[Array, "B P E"]) -> Float[Array, "B P E"]:
     y = self.norm1(x)
     q, k, v = keep(self.q(y), "queries"), keep(self.k(y), "keys"), keep(self.v(y), "values")
-    x = x + self.out(keep(jax.nn.dot_product_attention(q, k, v), "attention"))
+    x = x + self.out(keep(self_attention(q, k, v, rows="frames"), "attention"))
     return x + self.fc2(self._gelu(self.fc1(self.norm2(x))))
 
   def _gelu(self, x):

@@ -13,7 +13,7 @@ from slowfast_jax.generate.attention import SlowAttention
 from slowfast_jax.generate.engine import Engine
 from slowfast_jax.generate.programs import embed_prompts, query_of
 from slowfast_jax.generate.timeline import Timeline, draw_timeline
-from slowfast_jax.models.decoder import causal_mask
+from slowfast_jax.kernels.self_attention import Causal
 from slowfast_jax.models.slowfast import graphdef_of
 from tests.generate.tiny import frames, make_export
 
@@ -49,7 +49,7 @@ def test_it_is_what_a_hand_computation_gives(engine, session):
     query = query_of(prompts.text_index, visual)
     readers = {depth: catch(read) for depth, read in model.readers(visual.kv, query).items()}
     x = embed_prompts(model, prompts, visual)
-    mask = causal_mask((jnp.arange(T) < n).astype(jnp.int32)[None])
+    mask = Causal((jnp.arange(T) < n).astype(jnp.int32)[None])
     model.decoder(x, jnp.arange(T)[None], mask, readers=readers)
     return caught
 
@@ -129,7 +129,7 @@ def test_relevance_sums_to_what_the_slow_path_adds(engine, session):
     readers = model.readers(visual.kv, query_of(prompts.text_index, visual))
     x = embed_prompts(model, prompts, visual)
     T = x.shape[1]
-    mask = causal_mask((jnp.arange(T) <= last).astype(jnp.int32)[None])
+    mask = Causal((jnp.arange(T) <= last).astype(jnp.int32)[None])
     hidden, _ = model.decoder(x, jnp.arange(T)[None], mask, readers=readers)
     return jax.nn.log_softmax(model.decoder.logits(hidden[0, last]))
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from slowfast_jax.models.decoder import Decoder, KVCache, _runs, cache_mask, causal_mask
+from slowfast_jax.kernels.self_attention import Causal
+from slowfast_jax.models.decoder import Decoder, KVCache, _runs, cache_mask
 from slowfast_jax.models.layers import layer_of
 from slowfast_jax.models.rope import frequencies, rope_table
 from tests.models.tiny import CONFIG, random_module
@@ -37,7 +38,7 @@ READERS = {1: read, 3: read}
 
 def test_gradients_flow_back_to_earlier_positions_of_the_same_sample(decoder):
   weights = jnp.asarray(np.random.default_rng(1).normal(size=CFG.width), jnp.float32)
-  mask = causal_mask(SEGMENTS)
+  mask = Causal(SEGMENTS)
 
   @jax.jit
   @jax.grad
@@ -53,7 +54,7 @@ def test_gradients_flow_back_to_earlier_positions_of_the_same_sample(decoder):
 
 
 def test_stacked_layers_are_a_plain_loop(decoder):
-  mask = causal_mask(SEGMENTS)
+  mask = Causal(SEGMENTS)
   hidden, cache = jax.jit(lambda x: decoder(x, POSITIONS, mask, readers=READERS))(X)
   rope = rope_table(POSITIONS, frequencies(CFG.head_dim, CFG.rope_theta, None))
   x = X
@@ -67,7 +68,7 @@ def test_stacked_layers_are_a_plain_loop(decoder):
 
 def test_recomputing_in_the_backward_pass_changes_nothing(decoder):
   graphdef, params = nnx.split(decoder)
-  mask = causal_mask(SEGMENTS)
+  mask = Causal(SEGMENTS)
 
   def loss(params, x, policy):
     hidden, _ = nnx.merge(graphdef, params)(x, POSITIONS, mask, readers=READERS, policy=policy)
@@ -86,7 +87,7 @@ def test_recomputing_in_the_backward_pass_changes_nothing(decoder):
 def test_the_cache_of_rows_of_different_lengths(decoder):
   """Three tokens each, behind prompts of four and of seven, equal the whole at once."""
   positions = jnp.broadcast_to(jnp.arange(T), (2, T))
-  mask = causal_mask(jnp.ones((2, T), int))
+  mask = Causal(jnp.ones((2, T), int))
   full = jax.jit(lambda x: decoder(x, positions, mask, readers=READERS)[0])(X)
 
   @jax.jit
@@ -105,7 +106,7 @@ def test_the_cache_of_rows_of_different_lengths(decoder):
 
 
 def test_masks_by_hand():
-  mask = causal_mask(jnp.array([[1, 1, 2, 0]]))
+  mask = Causal(jnp.array([[1, 1, 2, 0]])).dense()
   np.testing.assert_array_equal(
     mask[0, 0], [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
   )

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from slowfast_jax.kernels.self_attention import Causal
 from slowfast_jax.models.compressor import compress
-from slowfast_jax.models.decoder import causal_mask
 from slowfast_jax.models.hybrid import (
   GATES,
   QUERY_SETS,
@@ -46,7 +46,7 @@ def forward(model, batch, slow, read=None):
     kv = model.slow_kv(slow if read is None else read)
     readers = model.readers(kv, model.query(batch, slow.shape[2]))
     x = model.embed(batch.tokens, batch.kind, fast)
-    hidden, _ = model.decoder(x, batch.positions, causal_mask(batch.segments), readers=readers)
+    hidden, _ = model.decoder(x, batch.positions, Causal(batch.segments), readers=readers)
   return np.asarray(hidden)
 
 

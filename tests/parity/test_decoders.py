@@ -11,7 +11,7 @@ import torch
 from flax import nnx
 
 from slowfast_jax.checkpoints.hf_parts import load_parts
-from slowfast_jax.models.decoder import causal_mask
+from slowfast_jax.kernels.self_attention import Causal
 from slowfast_jax.models.layers import layer_of
 from slowfast_jax.models.rope import frequencies, rope_table
 from slowfast_jax.models.slowfast import graphdef_of
@@ -46,7 +46,7 @@ def batch():
 def hidden_states(graphdef, params, tokens, positions, segments):
   """The input of every layer and the output of the last, after the norm; and the scores."""
   decoder = nnx.merge(graphdef, params).decoder
-  cfg, mask = decoder.cfg, causal_mask(segments)
+  cfg, mask = decoder.cfg, Causal(segments)
   x = embedded = decoder.embed(tokens, jnp.float32)
   rope = rope_table(positions, frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling))
   states = []

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-attention of the decoder and of the encoder: the library kernel of the platform.
+
+On TPU that is JAX's splash attention, which keeps no array of positions by positions and skips
+blocks that a causal mask hides; elsewhere `jax.nn.dot_product_attention`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_kernel as splash,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_mask as masks,
+)
+from jax.sharding import AbstractMesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from slowfast_jax.kernels.cross_attention.blocks import round_up, target_platform
+from slowfast_jax.sharding import axes_that_divide, mesh_in_force
+
+LANES = 128
+# Queries and keys of a block; two scores of it are 2 MiB each, which every chip's VMEM has.
+LARGEST_BLOCK = 1024
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Causal:
+  """A mask told by its rule: a position sees itself and earlier ones of its own segment, 0 = none.
+
+  Attributes:
+    segments: packing ids.
+  """
+
+  segments: Int[Array, "B T"]
+
+  def dense(self) -> Bool[Array, "B 1 T T"]:
+    """The mask as an array."""
+    order = jnp.arange(self.segments.shape[1])
+    causal = order[:, None] >= order[None, :]
+    same = self.segments[:, :, None] == self.segments[:, None, :]
+    return (causal & same & (self.segments > 0)[:, :, None])[:, None]
+
+
+def self_attention(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B L K H"],
+  v: Float[Array, "B L K H"],
+  mask: Causal | Bool[Array, "B 1 T L"] | None = None,
+  *,
+  rows: str = "batch",
+) -> Float[Array, "B T N H"]:
+  """Attention with grouped heads, logits scaled by 1 / sqrt(H).
+
+  Args:
+    q, k, v: queries, keys and values.
+    mask: which key each query sees; None: all. An array is taken where keys are a cache.
+    rows: the logical name of the first axis.
+
+  Returns:
+    In q's shape and dtype. What a query that sees no key gets means nothing.
+  """
+  if isinstance(mask, jax.Array) or target_platform() != "tpu":
+    dense = mask.dense() if isinstance(mask, Causal) else mask
+    return jax.nn.dot_product_attention(q, k, v, mask=dense)
+  return attention_on_tpu(q, k, v, mask, rows=rows)
+
+
+def attention_on_tpu(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K H"],
+  mask: Causal | None,
+  *,
+  rows: str = "batch",
+  interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+  """Splash attention, on each device for its rows and heads.
+
+  Args:
+    q, k, v, mask, rows: as in `self_attention`.
+    interpret: run Pallas's interpreter; for tests.
+  """
+  causal = mask is not None
+  segments = jnp.ones(q.shape[:2], jnp.int32) if mask is None else mask.segments
+
+  def attend(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    return _splash(q, k, v, segments, causal, interpret)
+
+  mesh = mesh_in_force()
+  if mesh is None:
+    return attend(q, k, v, segments)
+  spec = _place(rows, q.shape[0], k.shape[2], mesh)
+  inputs = (spec, spec, spec, PartitionSpec(spec[0]))
+  # Unchecked: what a kernel writes does not say over which axes it varies.
+  return jax.shard_map(attend, mesh=mesh, in_specs=inputs, out_specs=spec, check_vma=False)(
+    q, k, v, segments
+  )
+
+
+def _place(rows: str, count: int, kv_heads: int, mesh: AbstractMesh) -> PartitionSpec:
+  """Rows over as many of their mesh axes as divide them, heads over what is left of theirs."""
+  axes = axes_that_divide(rows, count, mesh)
+  heads = tuple(axis for axis in axes_that_divide("heads", kv_heads, mesh) if axis not in axes)
+  return PartitionSpec(axes or None, None, heads or None)
+
+
+def _splash(
+  q: Array, k: Array, v: Array, segments: Array, causal: bool, interpret: bool
+) -> Float[Array, "B T N H"]:
+  """Splash attention of the arrays of one device."""
+  T, N = q.shape[1:3]
+  padded = round_up(T, LANES)
+  # Padding is a segment of its own: no query of it is without a key.
+  segments = jnp.pad(segments, ((0, 0), (0, padded - T)))
+
+  def by_head(x: Array) -> Float[Array, "B N T H"]:
+    return jnp.pad(x, ((0, 0), (0, padded - T), (0, 0), (0, 0))).swapaxes(1, 2)
+
+  shape = (padded, padded)
+  one = masks.CausalMask(shape) if causal else masks.FullMask(shape)
+  kernel = splash.make_splash_mha(
+    masks.MultiHeadMask([one] * N),
+    block_sizes=_blocks(padded),
+    head_shards=1,
+    q_seq_shards=1,
+    interpret=interpret,
+  )
+  scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+  ids = splash.SegmentIds(segments, segments)
+  out = jax.vmap(kernel)(by_head(scaled), by_head(k), by_head(v), ids)
+  return out.swapaxes(1, 2)[:, :T]
+
+
+def _blocks(length: int) -> splash.BlockSizes:
+  """The largest blocks that divide the length."""
+  parts = length // LANES
+  most = LARGEST_BLOCK // LANES
+  block = LANES * max(n for n in range(1, most + 1) if parts % n == 0)
+  return splash.BlockSizes(
+    block_q=block,
+    block_kv=block,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    use_fused_bwd_kernel=True,
+  )
