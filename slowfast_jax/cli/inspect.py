@@ -17,6 +17,7 @@ HELP = "show what is in records, a checkpoint or a config"
 EXAMPLES = """examples:
   slowfast inspect records/train
   slowfast inspect records/train --html sheet.html     frames and conversations, to look at
+  slowfast inspect records/train --html sheet.html --tokenizer qwen2/     and learned tokens
   slowfast inspect runs/mine                           the model of a training run
   slowfast inspect checkpoints/SlowFast-7B             of a Hugging Face folder, tensors unread
   slowfast inspect configs/demo.py                     its fields, and the model that they make
@@ -37,7 +38,7 @@ class Kind:
   name: str
   matches: Callable[[pathlib.Path], bool]
   describe: Callable[[pathlib.Path], str]
-  sheet: Callable[[pathlib.Path], str] | None = None
+  sheet: Callable[[pathlib.Path, argparse.Namespace], str] | None = None
 
 
 def _is_records(path: pathlib.Path) -> bool:
@@ -51,11 +52,13 @@ def _describe_records(path: pathlib.Path) -> str:
   return format_facts(folder_facts(RecordSource(path)))
 
 
-def _records_sheet(path: pathlib.Path) -> str:
-  from slowfast_jax.data.inspect import contact_sheet
+def _records_sheet(path: pathlib.Path, args: argparse.Namespace) -> str:
   from slowfast_jax.data.records import RecordSource
+  from slowfast_jax.data.sheet import Chat, contact_sheet
+  from slowfast_jax.data.tokenizer import Tokenizer
 
-  return contact_sheet(RecordSource(path))
+  chat = Chat(Tokenizer.from_dir(args.tokenizer), args.targets) if args.tokenizer else None
+  return contact_sheet(RecordSource(path), chat=chat)
 
 
 def _is_checkpoint(path: pathlib.Path) -> bool:
@@ -102,8 +105,16 @@ KINDS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("path", metavar="PATH", help=f"{_names()}")
-  parser.add_argument("--html", metavar="FILE", help="write a page to look at (records)")
+  add = parser.add_argument
+  add("path", metavar="PATH", help=f"{_names()}")
+  add("--html", metavar="FILE", help="write a page to look at (records)")
+  add("--tokenizer", metavar="DIR", help="of --html: show the tokens, and which carry loss")
+  add(
+    "--targets",
+    choices=("assistant", "reference"),
+    default="assistant",
+    help="of --tokenizer: which tokens are learned (%(default)s)",
+  )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,9 +122,11 @@ def run(args: argparse.Namespace) -> int:
   kind = find_kind(path)
   if args.html and kind.sheet is None:
     raise UsageError(f"--html: there is no page for {kind.name} such as {path}")
+  if args.tokenizer and not args.html:
+    raise UsageError("--tokenizer: is for the page of --html")
   print(kind.describe(path))
   if args.html and kind.sheet:
-    _write(pathlib.Path(args.html), kind.sheet(path))
+    _write(pathlib.Path(args.html), kind.sheet(path, args))
   return 0
 
 

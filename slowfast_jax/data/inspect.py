@@ -1,34 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in a records folder: facts as text, and a contact sheet of frames as one HTML file."""
+"""What is in a records folder, as text for a terminal; `sheet` makes a page of it."""
 
-import base64
 import collections
 import dataclasses
-import html
-import io
 import math
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import simplejpeg
-from PIL import Image
 
 from slowfast_jax.data.records import Record, RecordsError, RecordSource
 
 _BINS = 8
 _BAR_WIDTH = 30
-_THUMBNAIL = 192
-
-_STYLE = """
-:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
-body { max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin: 2rem 0 0; overflow-wrap: anywhere; }
-pre { overflow-x: auto; } .about { margin: 0; opacity: .7; }
-.frames { display: flex; flex-wrap: wrap; gap: .4rem; margin: .5rem 0; }
-figure { margin: 0; } figcaption { font-size: .75rem; opacity: .7; } img { display: block; }
-.turn { margin: .1rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-.human { font-weight: 600; } ol { padding-left: 1.5rem; }
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +50,7 @@ def folder_facts(source: RecordSource, sample_size: int = 500) -> FolderFacts:
     conversations=len(source.index),
     shards=len(source.shards),
     num_bytes=source.num_bytes,
-    sample=[_record_facts(record) for record in _spread(source, sample_size)],
+    sample=[_record_facts(record) for record in spread(source, sample_size)],
   )
 
 
@@ -123,20 +106,8 @@ def histogram(values: Sequence[float]) -> list[str]:
   ]
 
 
-def contact_sheet(source: RecordSource, num_records: int = 24, frames_per_record: int = 8) -> str:
-  """A self-contained HTML page: the facts, and some records with frames and conversations."""
-  title = html.escape(f"Records of {source.path}")
-  records = _spread(source, num_records)
-  sections = "\n".join(_section(record, frames_per_record) for record in records)
-  return (
-    f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
-    f'<meta name="viewport" content="width=device-width">\n<style>{_STYLE}</style>\n'
-    f"<h1>{title}</h1>\n<pre>{html.escape(format_facts(folder_facts(source)))}</pre>\n"
-    f"{sections}\n</html>\n"
-  )
-
-
-def _spread(source: RecordSource, count: int) -> Iterator[Record]:
+def spread(source: RecordSource, count: int) -> Iterator[Record]:
+  """So many records, or all, spread evenly."""
   count = min(count, len(source))
   for i in range(count):
     yield source[i * len(source) // count]
@@ -186,43 +157,3 @@ def _bin_label(start: float, step: float, whole: bool) -> str:
   if not whole:
     return f"{start:.1f} to {start + step:.1f}"
   return f"{start:.0f}" if step == 1 else f"{start:.0f} to {start + step - 1:.0f}"
-
-
-def _section(record: Record, num_frames: int) -> str:
-  about = [record.metadata["kind"], record.source]
-  if record.duration:
-    about.append(f"{record.width}x{record.height}, {record.duration:.1f} s, {record.fps:.4g} fps")
-  about.append(f"{len(record.frames)} frames")
-  if lost := record.metadata.get("decode_errors"):
-    about.append(f"{lost} damaged frames are missing")
-  chosen = sorted({int(i) for i in np.linspace(0, len(record.frames) - 1, num_frames)})
-  figures = "".join(_figure(record, i) for i in chosen) if record.frames else ""
-  talks = "".join(f"<li>{_turns(turns)}</li>" for turns in record.conversations)
-  return (
-    f"<section><h2>{html.escape(record.id)}</h2>"
-    f'<p class="about">{html.escape(" · ".join(filter(None, about)))}</p>'
-    f'<div class="frames">{figures}</div><ol>{talks}</ol></section>'
-  )
-
-
-def _figure(record: Record, i: int) -> str:
-  try:
-    picture = Image.open(io.BytesIO(record.frames[i]))
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-  except OSError as error:
-    raise RecordsError(f"record {record.id!r}: frame {i} is no JPEG: {error}") from error
-  small = io.BytesIO()
-  picture.save(small, "jpeg", quality=85)
-  data = base64.b64encode(small.getvalue()).decode()
-  caption = f"{record.timestamps[i]:.2f} s"
-  return (
-    f'<figure><img src="data:image/jpeg;base64,{data}" alt="frame at {caption}">'
-    f"<figcaption>{caption}</figcaption></figure>"
-  )
-
-
-def _turns(turns: list[dict[str, str]]) -> str:
-  return "".join(
-    f'<p class="turn {html.escape(turn["from"])}">{html.escape(turn["value"])}</p>'
-    for turn in turns
-  )

@@ -11,12 +11,16 @@ from PIL import Image
 
 from slowfast_jax.checkpoints.store import save_export
 from slowfast_jax.cli.main import main
-from slowfast_jax.data.inspect import contact_sheet, folder_facts, format_facts, histogram
+from slowfast_jax.data.chat import encode_chat
+from slowfast_jax.data.inspect import folder_facts, format_facts, histogram
 from slowfast_jax.data.prepare import prepare
 from slowfast_jax.data.prepare_config import PrepareConfig
 from slowfast_jax.data.records import RecordSource
+from slowfast_jax.data.sheet import Chat, contact_sheet, token_texts
+from slowfast_jax.data.tokenizer import train_tokenizer
 from tests.data.video_files import VideoSpec, write_video
 from tests.generate.tiny import make_export
+from tests.train.tiny_run import record as square
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +82,57 @@ def test_the_contact_sheet_takes_some_records(records):
   page = contact_sheet(RecordSource(records), num_records=2, frames_per_record=3)
   assert page.count("<section>") == 2
   assert page.count("<figure>") == 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  return train_tokenizer(["You are a helpful assistant. system user word what is it"] * 5, 300)
+
+
+@pytest.mark.parametrize("targets", ["assistant", "reference"])
+def test_the_marked_text_is_what_carries_loss(tokenizer, targets):
+  turns = [
+    {"from": "human", "value": "<video>\nWo? <|im_end|>"},
+    {"from": "gpt", "value": "Überall 🎬"},
+    {"from": "human", "value": "Ja?\n\n"},
+    {"from": "gpt", "value": "Ja."},
+  ]
+  chat = encode_chat(tokenizer, turns, targets=targets)
+  texts = list(token_texts(tokenizer, chat.ids, chat.loss_mask))
+  assert [text for text, _ in texts].count(None) == 1
+  whole = "".join(text or "" for text, _ in texts)
+  assert whole.startswith("<|im_start|>system\nYou are")
+  assert "user\n\nWo? <|im_end|><|im_end|>\n<|im_start|>assistant\nÜberall 🎬<|im_end|>" in whole
+  learned = "".join(text for text, learned in texts if learned)
+  if targets == "assistant":
+    assert learned == "Überall 🎬<|im_end|>Ja.<|im_end|>"
+  else:
+    assert learned.startswith("<|im_start|>\n<|im_end|>\n<|im_start|>")
+
+
+def test_the_contact_sheet_marks_the_tokens_that_carry_loss(records, tokenizer, tmp_path, capsys):
+  tokenizer.save(tmp_path / "tokenizer")
+  file = tmp_path / "sheet.html"
+  words = ["inspect", str(records), f"--tokenizer={tmp_path / 'tokenizer'}"]
+  assert main([*words, f"--html={file}"]) == 0
+  page = file.read_text()
+  assert "<script" not in page
+  assert "Training leaves this out: 0 placeholder(s)" in page, "its video is not asked about"
+  assert main(words) == 2
+  assert "--tokenizer: is for the page of --html" in capsys.readouterr().err
+
+
+def test_a_video_stands_where_its_tokens_go(tokenizer):
+  class Source(list):
+    path, index, shards, num_bytes = "here", [0], [0], 1
+
+  page = contact_sheet(Source([square(2)]), chat=Chat(tokenizer))
+  body = page[page.index("<section>") :]
+  assert '<span class="media">video, 4 frames</span>' in body
+  marked = re.findall(r'<span class="loss">([^<]*)</span>', body)
+  assert "".join(marked) == "blue&lt;|im_end|&gt;"
+  count = int(re.search(r"\d+ tokens, (\d+) carry loss", body)[1])
+  assert count == len(marked)
 
 
 @pytest.mark.parametrize(
