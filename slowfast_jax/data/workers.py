@@ -158,8 +158,8 @@ def _cause_of_death(process: multiprocessing.process.BaseProcess) -> str:
 
 def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
   follow_parent()
-  connection.send(None)  # Ready: imports are done, so they do not count against a job's time.
   with contextlib.suppress(EOFError, OSError):  # The parent is gone.
+    connection.send(None)  # Ready: imports are done, so they do not count against a job's time.
     while True:
       connection.send(_attempt(function, connection.recv()))
 
