@@ -130,6 +130,10 @@ class Checkpoints:
         self._move_aside(step, error)
     return None
 
+  def wait(self) -> None:
+    """Until everything that was saved is written."""
+    self._manager.wait_until_finished()
+
   def close(self) -> None:
     """Waits until everything is written."""
     self._manager.close()

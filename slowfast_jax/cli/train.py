@@ -2,12 +2,8 @@
 """`slowfast train`: trains what a config file describes."""
 
 import argparse
-
-import jax
-
-from slowfast_jax.cli.progress import Progress
-from slowfast_jax.config import load_config
-from slowfast_jax.train.loop import PREEMPTED, train
+import os
+import signal
 
 HELP = "train a model; the same command again resumes"
 ACCEPTS_OVERRIDES = True
@@ -18,9 +14,14 @@ EXAMPLES = """examples:
       --config.data.records=records/train --config.optimizer.learning_rate=3e-4
 
 The same command again resumes from the newest checkpoint in WORKDIR/checkpoints. After SIGTERM the
-run saves and exits with 42. WORKDIR/metrics.jsonl has the metrics, WORKDIR/export the trained
-model, for `slowfast eval` and `slowfast chat`.
+run saves and exits with 42. WORKDIR/metrics.jsonl has the metrics, WORKDIR/telemetry.jsonl what the
+clock says, WORKDIR/export the trained model, for `slowfast eval` and `slowfast chat`.
+
+On several hosts start the same command on each. On Cloud TPU they find each other; elsewhere set
+JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
+
+_PREEMPTED = 42
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,13 +35,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+  # Until the loop takes over; importing takes seconds, so that comes after it.
+  before = signal.signal(signal.SIGTERM, lambda *_: os._exit(_PREEMPTED))
+  try:
+    return _train(args)
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def _train(args: argparse.Namespace) -> int:
+  import jax
+
+  from slowfast_jax import distributed
+  from slowfast_jax.cli.progress import Progress
+  from slowfast_jax.config import load_config
+  from slowfast_jax.train import loop
+
   config = load_config(args.config, args.overrides)
+  distributed.initialize()
   with Progress("Training", "steps", enabled=jax.process_index() == 0) as progress:
 
     def show(done: int, total: int, text: str) -> None:
       progress(done, total, text=text)
 
-    code = train(config, args.workdir, show, progress.say)
-  if code == PREEMPTED:
+    code = loop.train(config, args.workdir, show, progress.say)
+  if code == loop.PREEMPTED:
     print("stopped by SIGTERM and saved; the same command goes on")
   return code

@@ -1,35 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run tells about itself: metrics of the step, and metrics.jsonl.
+"""What a run learns of its steps: metrics that the device computes, and metrics.jsonl.
 
-Every line belongs to one step and has that step's own values, not means of several: after a crash
-a resumed run writes exactly the lines that an unbroken one would have written.
+Every line belongs to one step and has that step's own values, not means of several, and nothing of
+the clock: after a crash a resumed run writes exactly the lines that an unbroken one would have
+written. What the clock says is in telemetry.jsonl.
 """
 
-import contextlib
-import json
+import dataclasses
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from etils import epath
 
 from slowfast_jax.checkpoints.store import flatten
 from slowfast_jax.errors import UserError
 from slowfast_jax.shapes import Batch
+from slowfast_jax.train.lines import LineFile
+from slowfast_jax.train.resume import Counts
 from slowfast_jax.train.step import TrainState
+from slowfast_jax.train.telemetry import Telemetry
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def instrument(step: Step, schedule: optax.Schedule) -> Step:
-  """The step with its learning rate and the gates of its hybrid layers among the metrics."""
+  """The step with its learning rate, gates of its hybrid layers and size among the metrics."""
 
   def instrumented(state: TrainState, batch: Batch):
-    metrics = {"learning_rate": jnp.asarray(schedule(state.step), jnp.float32)}
+    metrics = {"learning_rate": jnp.asarray(schedule(state.step), jnp.float32)} | _size(batch)
     warm_up = flatten(state.params).get("adapters.warm_up")
     if warm_up is not None:
       metrics["gates"] = jnp.tanh(warm_up)[:, 0]
@@ -39,118 +40,111 @@ def instrument(step: Step, schedule: optax.Schedule) -> Step:
   return instrumented
 
 
+def _size(batch: Batch) -> dict[str, jax.Array]:
+  """What a batch holds; padding does not count."""
+  return {
+    "samples": jnp.sum(jnp.max(batch.segments, axis=1)),
+    "tokens": jnp.sum(batch.segments > 0),
+    "frames": jnp.sum(batch.frame_segments > 0),
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+  """A step that was dispatched and whose metrics are still being computed."""
+
+  step: int
+  metrics: dict[str, jax.Array]
+  failed_samples: int
+  flops: float
+
+
 class Recorder:
   """Reads the metrics of each step one step late, so that the device never waits for the host.
 
   Args:
     file: metrics.jsonl.
-    step: steps that were done before; later lines of the file are dropped.
+    counts: of the steps that were done before.
     log_every: a line for every so many steps.
-    batch_size: samples of a step.
+    max_skipped: so many steps in a row may be skipped.
+    telemetry: is told of every step.
     show: is called after every step as show(step, text).
+    blame: is given the step that ends the run, and returns words about its records.
   """
 
   def __init__(
     self,
-    file: epath.Path,
-    step: int,
+    file: LineFile,
+    counts: Counts,
     log_every: int,
-    batch_size: int,
-    show: Callable[[int, str], None],
+    max_skipped: int,
+    telemetry: Telemetry,
+    show: Callable[[int, str], Any],
+    blame: Callable[[int], str],
   ):
-    self._step, self._log_every, self._batch_size, self._show = step, log_every, batch_size, show
-    self._pending: tuple[int, dict[str, jax.Array], int] | None = None
-    self._file = _open_after(file, step) if jax.process_index() == 0 else None
+    self._file, self._log_every, self._max_skipped = file, log_every, max_skipped
+    self._telemetry, self._show, self._blame = telemetry, show, blame
+    self._pending: _Pending | None = None
+    self.counts = counts
 
-  def start(self) -> None:
-    """Starts the clock: what came before, compiling above all, belongs to no step."""
-    self._since, self._stalled = time.monotonic(), 0.0
-    self._show(self._step, "")
-
-  @contextlib.contextmanager
-  def waiting_for_data(self) -> Iterator[None]:
-    """Counts the seconds inside as a stall of the data."""
-    began = time.monotonic()
-    yield
-    self._stalled += time.monotonic() - began
-
-  def add(self, step: int, metrics: dict[str, jax.Array], num_failures: int) -> None:
+  def add(
+    self, step: int, metrics: dict[str, jax.Array], failed_samples: int, flops: float
+  ) -> None:
     """Tells of a step that was dispatched, and reads the one before it.
 
     Args:
       step: its number, from 1.
       metrics: still being computed.
-      num_failures: samples so far that could not be used.
+      failed_samples: so far.
+      flops: of the step.
     """
     self.flush()
-    self._pending = (step, metrics, num_failures)
+    self._pending = _Pending(step, metrics, failed_samples, flops)
 
   def flush(self) -> None:
     """Waits for the last step that was added.
 
     Raises:
-      UserError: its loss or gradient is not finite.
+      UserError: too many steps in a row were skipped.
     """
     if self._pending is None:
       return
-    step, metrics, num_failures = self._pending
-    self._pending = None
-    read = jax.device_get(metrics)
+    pending, self._pending = self._pending, None
+    read = jax.device_get(pending.metrics)
     values = {name: read[name].tolist() for name in ("loss", "token_accuracy", *read)}
-    _check_finite(step, values)
-    if step % self._log_every == 0:
-      self._write({"step": step} | values | self._timing(step) | {"failed_samples": num_failures})
-    text = f"loss {values['loss']:.4f}, accuracy {values['token_accuracy']:.3f}"
-    self._show(step, text + (f", {num_failures} samples failed" if num_failures else ""))
+    self._count(pending, values)
+    self._telemetry.count(values, pending.flops)
+    if pending.step % self._log_every == 0:
+      counts = {name: n for name, n in dataclasses.asdict(self.counts).items() if "row" not in name}
+      line = {"step": pending.step} | values | counts
+      self._file.write(line)
+      self._telemetry.write(pending.step, line)
+    self._show(pending.step, self._text(values))
 
   def close(self) -> None:
-    if self._file is not None:
-      self._file.close()
+    self._file.close()
 
-  def _timing(self, step: int) -> dict[str, float]:
-    """Means over the steps since the last line."""
-    now, count = time.monotonic(), step - self._step
-    seconds, stalled = (now - self._since) / count, self._stalled / count
-    self._step, self._since, self._stalled = step, now, 0.0
-    return {
-      "step_seconds": round(seconds, 6),
-      "samples_per_second": round(self._batch_size / seconds, 3),
-      "data_stall_seconds": round(stalled, 6),
-    }
-
-  def _write(self, line: dict[str, Any]) -> None:
-    if self._file is not None:
-      self._file.write(json.dumps(line) + "\n")
-      self._file.flush()
-
-
-def read_metrics(file: epath.Path) -> list[dict[str, Any]]:
-  """The lines of metrics.jsonl; a last one that a killed run left half written is left out."""
-  if not file.exists():
-    return []
-  lines = []
-  for line in file.read_text().splitlines():
-    try:
-      lines.append(json.loads(line))
-    except ValueError:
-      break
-  return lines
-
-
-def _open_after(file: epath.Path, step: int):
-  """Opens the file for appending, without the lines of later steps."""
-  kept = [line for line in read_metrics(file) if line["step"] <= step]
-  new = file.with_name(file.name + ".new")
-  new.write_text("".join(json.dumps(line) + "\n" for line in kept))
-  new.replace(file)
-  return file.open("a")
-
-
-def _check_finite(step: int, values: dict[str, Any]) -> None:
-  bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
-  if bad:
-    raise UserError(
-      f"step {step}: {bad[0]} is {values[bad[0]]}, so the run has diverged; lower "
-      "optimizer.learning_rate or optimizer.max_grad_norm, or raise optimizer.warmup_steps, and "
-      "begin in another --workdir."
+  def _count(self, pending: _Pending, values: dict[str, Any]) -> None:
+    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+    before = self.counts
+    self.counts = Counts(
+      pending.failed_samples,
+      before.skipped_steps + bool(bad),
+      before.skipped_in_a_row + 1 if bad else 0,
     )
+    if self.counts.skipped_in_a_row > self._max_skipped:
+      raise UserError(
+        f"step {pending.step}: {bad[0]} is {values[bad[0]]}, "
+        f"{self.counts.skipped_in_a_row} steps in a row by now (train.max_skipped is "
+        f"{self._max_skipped}), so the run has diverged; lower optimizer.learning_rate or "
+        "optimizer.max_grad_norm, or raise optimizer.warmup_steps, and begin in another --workdir. "
+        f"{self._blame(pending.step)}"
+      )
+
+  def _text(self, values: dict[str, Any]) -> str:
+    words = [f"loss {values['loss']:.4f}", f"accuracy {values['token_accuracy']:.3f}"]
+    if self.counts.failed_samples:
+      words.append(f"{self.counts.failed_samples} samples failed")
+    if self.counts.skipped_steps:
+      words.append(f"{self.counts.skipped_steps} steps skipped")
+    return ", ".join(words)

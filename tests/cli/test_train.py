@@ -4,7 +4,7 @@
 import pytest
 
 from slowfast_jax.cli import main as cli
-from slowfast_jax.cli import train as verb
+from slowfast_jax.train import loop
 from slowfast_jax.cli.progress import Progress
 
 
@@ -20,7 +20,7 @@ def calls(monkeypatch):
     seen.append((config, workdir))
     return 42 if "stopped" in workdir else 0
 
-  monkeypatch.setattr(verb, "train", train)
+  monkeypatch.setattr(loop, "train", train)
   return seen
 
 

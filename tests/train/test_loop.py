@@ -2,6 +2,7 @@
 """A run that is killed, or asked to stop, ends as one that never was; and a run learns."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -19,14 +20,13 @@ from etils import epath
 from slowfast_jax.checkpoints.store import flatten, load_export
 from slowfast_jax.errors import UserError
 from slowfast_jax.sharding import make_mesh
-from slowfast_jax.train import loop
+from slowfast_jax.train import resume
+from slowfast_jax.train.lines import read_lines
 from slowfast_jax.train.loop import MAY_CHANGE, compile_step, train
-from slowfast_jax.train.metrics import read_metrics
 from slowfast_jax.train.setup import initial_state, open_setup, place_batch
 from tests.train.tiny_run import TINY, overrides, tiny_config, write_data
 
 STEPS = 40
-TIMES = ("step_seconds", "samples_per_second", "data_stall_seconds")
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,7 @@ def data(tmp_path_factory):
 
 
 def lines(workdir):
-  """The lines of metrics.jsonl without what the clock says."""
-  found = read_metrics(epath.Path(workdir / "metrics.jsonl"))
-  return [{name: line[name] for name in line if name not in TIMES} for line in found]
+  return read_lines(epath.Path(workdir / "metrics.jsonl"))
 
 
 def exported(workdir):
@@ -154,7 +152,9 @@ def copy_of(finished, tmp_path):
 
 def test_what_a_run_leaves_and_tells(finished):
   workdir, shown, said = finished
-  assert sorted(p.name for p in workdir.iterdir()) == ["checkpoints", "export", "metrics.jsonl"]
+  assert sorted(p.name for p in workdir.iterdir()) == [
+    "checkpoints", "export", "metrics.jsonl", "telemetry.jsonl",
+  ]  # fmt: skip
   assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["3"]
   assert [(done, total) for done, total, _ in shown] == [(0, 3), (1, 3), (2, 3), (3, 3)]
   assert shown[-1][2].startswith("loss ")
@@ -224,16 +224,24 @@ def test_every_field_that_may_change_is_one(data):
       node = node[name]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(data, tmp_path, monkeypatch):
+def test_losses_that_are_not_finite_end_the_run_name_the_records_and_save_nothing(
+  data, tmp_path, monkeypatch
+):
   def poisoned(setup):
     state = initial_state(setup)
     return dataclasses.replace(state, params=jax.tree.map(lambda x: x * jnp.nan, state.params))
 
-  monkeypatch.setattr(loop, "initial_state", poisoned)
-  with pytest.raises(UserError, match="step 1: loss is nan"):
-    train(config_of(data, "train.checkpoint_every=1"), str(tmp_path))
+  monkeypatch.setattr(resume, "initial_state", poisoned)
+  config = config_of(data, "train.checkpoint_every=1", "train.max_skipped=1")
+  with pytest.raises(UserError, match="step 2: loss is nan, 2 steps in a row") as error:
+    train(config, str(tmp_path))
+  file = tmp_path / "skipped-step-2.json"
+  assert str(file) in str(error.value)
+  shown = json.loads(file.read_text())
+  assert len(shown) == 8
+  assert all(one["id"] == f"square{one['record']}" for one in shown)
   assert list((tmp_path / "checkpoints").iterdir()) == []
-  assert lines(tmp_path) == []
+  assert [line["loss"] for line in lines(tmp_path)] == [None]
   assert not (tmp_path / "export").exists()
 
 

@@ -9,8 +9,12 @@ import pytest
 from etils import epath
 from flax import nnx
 
+from slowfast_jax.data.packing import Geometry, collate, empty_row
 from slowfast_jax.errors import UserError
-from slowfast_jax.train.metrics import Recorder, instrument, read_metrics
+from slowfast_jax.train.lines import LineFile, read_lines
+from slowfast_jax.train.metrics import Recorder, instrument
+from slowfast_jax.train.resume import Counts
+from slowfast_jax.train.telemetry import Telemetry
 from tests.train.tiny_run import TrainState
 
 
@@ -20,6 +24,7 @@ def metrics(loss=1.0, grad_norm=1.0):
     "loss": jnp.float32(loss),
     "token_accuracy": jnp.float32(0.5),
     "gates": jnp.array([0.0, 0.25]),
+    "tokens": jnp.int32(60),
   }
 
 
@@ -28,54 +33,55 @@ def file(tmp_path):
   return epath.Path(tmp_path / "metrics.jsonl")
 
 
-def recorder(file, step=0, log_every=1, shown=None):
-  made = Recorder(file, step, log_every, 4, lambda *args: shown is None or shown.append(args))
-  made.start()
-  return made
+def recorder(file, step=0, log_every=1, shown=None, max_skipped=0, counts=Counts()):  # noqa: B008
+  telemetry = Telemetry(file.parent / "telemetry.jsonl", step)
+  telemetry.start()
+  show = (lambda *_: None) if shown is None else (lambda *args: shown.append(args))
+  blame = "See {}.".format
+  return Recorder(LineFile(file, step), counts, log_every, max_skipped, telemetry, show, blame)
 
 
-def test_a_line_has_the_values_of_its_step(file):
+def run_steps(made, losses, first=1):
+  for step, loss in enumerate(losses, start=first):
+    made.add(step, metrics(loss), 0, 1e9)
+  made.flush()
+
+
+def test_a_line_has_the_values_of_its_step_and_nothing_of_the_clock(file):
   made = recorder(file)
-  with made.waiting_for_data():
-    pass
-  made.add(1, metrics(), 3)
+  made.add(1, metrics(), 3, 1e9)
   made.flush()
   made.close()
-  (line,) = read_metrics(file)
-  assert line["step_seconds"] > line["data_stall_seconds"] >= 0
-  assert line["samples_per_second"] > 0
-  assert {name: line[name] for name in list(line)[:5]} == {
-    "step": 1, "loss": 1.0, "token_accuracy": 0.5, "gates": [0.0, 0.25], "grad_norm": 1.0,
-  }  # fmt: skip
-  assert line["failed_samples"] == 3
+  assert read_lines(file) == [
+    {
+      "step": 1, "loss": 1.0, "token_accuracy": 0.5, "gates": [0.0, 0.25], "grad_norm": 1.0,
+      "tokens": 60, "failed_samples": 3, "skipped_steps": 0,
+    }
+  ]  # fmt: skip
 
 
 def test_metrics_are_read_one_step_late(file):
   shown = []
   made = recorder(file, shown=shown)
-  made.add(1, metrics(loss=3.0), 0)
-  assert [step for step, _ in shown] == [0]
-  made.add(2, metrics(loss=2.0), 2)
-  assert shown[1:] == [(1, "loss 3.0000, accuracy 0.500")]
+  made.add(1, metrics(loss=3.0), 0, 0.0)
+  assert shown == []
+  made.add(2, metrics(loss=2.0), 2, 0.0)
+  assert shown == [(1, "loss 3.0000, accuracy 0.500")]
   made.flush()
   made.flush()
-  assert shown[2:] == [(2, "loss 2.0000, accuracy 0.500, 2 samples failed")]
+  assert shown[1:] == [(2, "loss 2.0000, accuracy 0.500, 2 samples failed")]
 
 
 def test_a_line_every_so_many_steps(file):
-  made = recorder(file, log_every=3)
-  for step in range(1, 8):
-    made.add(step, metrics(), 0)
-  made.flush()
-  assert [line["step"] for line in read_metrics(file)] == [3, 6]
+  run_steps(recorder(file, log_every=3), [1.0] * 7)
+  assert [line["step"] for line in read_lines(file)] == [3, 6]
 
 
 @pytest.mark.parametrize("rest", ["", '{"step": 5, "lo', '{"step": 5}\n\x00\x00'])
 def test_resuming_drops_later_lines_and_a_torn_one(file, rest):
   file.write_text("".join(f'{{"step": {step}}}\n' for step in (1, 2, 3, 4)) + rest)
   made = recorder(file, step=2)
-  made.add(3, metrics(), 0)
-  made.flush()
+  run_steps(made, [1.0], first=3)
   made.close()
   lines = file.read_text().splitlines()
   assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
@@ -89,23 +95,46 @@ def test_resuming_drops_later_lines_and_a_torn_one(file, rest):
     ({"grad_norm": float("nan")}, "step 7: grad_norm is nan"),
   ],
 )
-def test_a_number_that_is_none_names_its_step(file, values, words):
+def test_a_number_that_is_none_names_its_step_and_the_records(file, values, words):
   made = recorder(file)
-  made.add(7, metrics(**values), 0)
-  with pytest.raises(UserError, match=words):
-    made.add(8, metrics(), 0)
-  assert read_metrics(file) == []
+  made.add(7, metrics(**values), 0, 0.0)
+  with pytest.raises(UserError, match=words) as error:
+    made.flush()
+  assert "See 7." in str(error.value)
+  assert read_lines(file) == []
+
+
+def test_some_steps_in_a_row_may_be_skipped_and_are_counted(file):
+  shown = []
+  made = recorder(file, shown=shown, max_skipped=2)
+  nan = float("nan")
+  run_steps(made, [nan, nan, 1.0, nan])
+  assert made.counts == Counts(0, skipped_steps=3, skipped_in_a_row=1)
+  assert [line["skipped_steps"] for line in read_lines(file)] == [1, 2, 2, 3]
+  assert [line["loss"] for line in read_lines(file)] == [None, None, 1.0, None]
+  assert shown[-1][1].endswith("3 steps skipped")
+  with pytest.raises(UserError, match="step 6: .* 3 steps in a row .*train.max_skipped is 2"):
+    run_steps(made, [nan, nan], first=5)
+
+
+def test_what_was_counted_before_an_interruption_counts(file):
+  made = recorder(file, step=4, max_skipped=2, counts=Counts(0, 7, 2))
+  with pytest.raises(UserError, match="3 steps in a row"):
+    run_steps(made, [float("nan")], first=5)
 
 
 def test_the_rate_and_the_gates_are_those_that_the_step_ran_with():
   def step(state, batch):
-    return TrainState(state.step + 1, state.params, ()), {"loss": batch}
+    return TrainState(state.step + 1, state.params, ()), {"loss": jnp.sum(batch.targets)}
+
+  batch = collate([empty_row(Geometry(4, 8, 4, (8, 8), 1))])
 
   adapters = {"warm_up": nnx.Param(jnp.array([[0.5], [-2.0]]))}
   state = TrainState(jnp.int32(3), nnx.State({"adapters": adapters}), ())
-  _, got = instrument(step, lambda step: 0.5 * step)(state, 1.0)
-  assert got["loss"] == 1.0
+  _, got = instrument(step, lambda step: 0.5 * step)(state, batch)
+  assert got["loss"] == 0
   np.testing.assert_allclose(got["learning_rate"], 1.5)
   np.testing.assert_allclose(got["gates"], np.tanh([0.5, -2.0]), rtol=1e-6)
-  _, got = instrument(step, lambda step: 0.5)(TrainState(jnp.int32(0), nnx.State({}), ()), 1.0)
+  _, got = instrument(step, lambda step: 0.5)(TrainState(jnp.int32(0), nnx.State({}), ()), batch)
   assert "gates" not in got
+  assert (got["tokens"], got["frames"], got["samples"]) == (0, 0, 0)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps as compiled programs, one for each shape that batches have.
+
+All are compiled ahead, before the first step: every step takes as long as any other, what does not
+fit into memory is found out at once, and nothing can be lost meanwhile.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from slowfast_jax.shapes import Batch
+from slowfast_jax.train.flops import model_flops, training_flops
+from slowfast_jax.train.metrics import Step, instrument
+from slowfast_jax.train.optimizer import schedule, split_frozen
+from slowfast_jax.train.setup import Setup, place_batch
+from slowfast_jax.train.step import TrainState
+
+Say = Callable[[str], Any]
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A step that is ready to run.
+
+  Attributes:
+    run: the compiled step; it donates the state.
+    flops: of the model in one step, on all devices together.
+  """
+
+  run: Step
+  flops: float
+
+
+def shapes_of(batch: Batch) -> Shapes:
+  return tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+
+
+def compile_steps(setup: Setup, state: TrainState, say: Say) -> dict[Shapes, Program]:
+  """The program of every shape that steps have."""
+  batches = [place_batch(batch, setup.mesh) for batch in setup.pipeline.empty_batches()]
+  return {
+    shapes_of(batch): Program(compile_step(setup, state, batch, say), step_flops(setup, batch))
+    for batch in batches
+  }
+
+
+def compile_step(setup: Setup, state: TrainState, batch: Batch, say: Say) -> Step:
+  """The step for batches of this one's shape; the state is donated to it."""
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  jitted = jax.jit(
+    instrument(setup.train_step(), schedule(setup.optimizer)),
+    out_shardings=(shardings, NamedSharding(setup.mesh, PartitionSpec())),
+    donate_argnums=0,
+  )
+  say("compiling")
+  began = time.monotonic()
+  with jax.set_mesh(setup.mesh):
+    compiled = jitted.lower(state, batch).compile()
+  say(f"compiled in {time.monotonic() - began:.1f} s")
+  return compiled
+
+
+def step_flops(setup: Setup, batch: Batch) -> float:
+  """Model FLOPs of a step on such a batch."""
+  B, F = batch.frames.shape[:2]
+  forward = model_flops(
+    setup.model,
+    num_frames=F,
+    decoder_length=batch.tokens.shape[1],
+    text_bound=batch.text_index.shape[1],
+    fast_frames=batch.pooling.shape[1],
+  )
+  learning, _ = split_frozen(setup.abstract_state().params, setup.optimizer)
+  return B * sum(training_flops(forward, list(learning)).values())
