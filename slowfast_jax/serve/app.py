@@ -12,9 +12,10 @@ from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from slowfast_jax.serve.answers import Answer, make_ask, or_gone
 from slowfast_jax.serve.body import ChatBody, parse_chat
@@ -63,23 +64,25 @@ class Service:
 def make_app(service: Service) -> Starlette:
   """The application without the web page."""
   api = _Api(service)
-  routes = [
-    Route("/v1/chat/completions", api.chat, methods=["POST"]),
-    Route("/v1/models", api.models),
-    Route("/v1/models/{name:path}", api.model),
-    Route("/v1/files", api.list_files, methods=["GET"]),
-    Route("/v1/files", api.upload, methods=["POST"]),
-    Route("/v1/files/{file_id}", api.file, methods=["GET"]),
-    Route("/v1/files/{file_id}", api.delete_file, methods=["DELETE"]),
-    Route("/healthz", api.health),
-    Route("/metrics", api.metrics),
+  # A mount of its own: what is unknown below /v1 must not become the page's.
+  v1 = [
+    Route("/chat/completions", api.chat, methods=["POST"]),
+    Route("/models", api.models),
+    Route("/models/{name:path}", api.model),
+    Route("/files", api.list_files, methods=["GET"]),
+    Route("/files", api.upload, methods=["POST"]),
+    Route("/files/{file_id}", api.file, methods=["GET"]),
+    Route("/files/{file_id}", api.delete_file, methods=["DELETE"]),
   ]
+  routes = [Mount("/v1", routes=v1), Route("/healthz", api.health), Route("/metrics", api.metrics)]
   guard = Middleware(
     Guard, keys=service.keys, limits=service.limits, metrics=service.metrics, paths=_PATHS
   )
+  # No other site may read anything. Gradio would let them in, unless its host does this itself.
+  closed = Middleware(CORSMiddleware, allow_origins=())
   return Starlette(
     routes=routes,
-    middleware=[guard],
+    middleware=[guard, closed],
     exception_handlers={ApiError: on_api_error, HTTPException: on_http_error},
   )
 
