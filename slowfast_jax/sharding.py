@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from slowfast_jax.errors import UserError
@@ -36,6 +37,9 @@ RULES: Mapping[str, str | tuple[str, ...]] = {
 def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
   """A mesh over all devices; one axis may be -1 and takes what is left.
 
+  Devices of several TPU slices are joined by the data centre's network, which is slow: only the
+  axis `data` reaches from slice to slice.
+
   Raises:
     UserError: an unknown axis, or sizes that do not multiply to the number of devices.
   """
@@ -50,10 +54,30 @@ def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
   if min(shape) < 1 or math.prod(shape) != len(devices):
     raise UserError(
       f"mesh: {dict(zip(MESH_AXES, shape))} does not multiply to {len(devices)} devices; "
-      f"for instance mesh.data={len(devices)} with every other axis 1 does."
+      f"for instance {_proposal(shape, len(devices))} with every other axis 1 does."
     )
   auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-  return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=auto, devices=devices)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=auto, devices=devices)
+  if shape[0] % slices:
+    raise UserError(
+      f"mesh: data must be a multiple of the {slices} slices, got {shape[0]}; "
+      f"for instance mesh.data={slices} and mesh.fsdp=-1."
+    )
+  within = (shape[0] // slices, *shape[1:])
+  grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices)
+  return Mesh(grid, MESH_AXES, axis_types=auto)
+
+
+def _proposal(asked: list[int], count: int) -> str:
+  """The mesh of so many devices that is nearest to the one that was asked for."""
+  sizes: dict[str, int] = {}
+  for axis, size in reversed(list(zip(MESH_AXES[1:], asked[1:]))):
+    sizes[axis] = math.gcd(max(size, 1), count)
+    count //= sizes[axis]
+  sizes = {"data": count, **sizes}
+  return ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1)
 
 
 def spec_of(axes: tuple[str | None, ...]) -> PartitionSpec:

@@ -60,6 +60,8 @@ def test_a_mesh_of_some_devices():
     ({"model": 8}, r"unknown axes \['model'\]; choose from .*'tensor'"),
     ({}, "'data': 1, .* does not multiply to 8 devices; for instance mesh.data=8"),
     ({"data": 4}, "'data': 4, .* does not multiply to 8 devices"),
+    ({"tensor": 2, "fsdp": 3}, "for instance mesh.data=4, mesh.tensor=2 with every other axis 1"),
+    ({"tensor": 2, "fsdp": 12}, "for instance mesh.tensor=2, mesh.fsdp=4 with every other"),
     ({"data": 3, "fsdp": -1}, "'data': 3, 'fsdp': -1, .* 8 devices"),
     ({"data": -1, "fsdp": -1}, "'data': -1, 'fsdp': -1, .* 8 devices"),
     ({"data": 16, "fsdp": -1}, "8 devices"),
