@@ -18,7 +18,7 @@ from slowfast_jax.launch import chips
 
 ROUTES = ("queued", "vm", "gke")
 CAPACITIES = ("spot", "reserved", "on-demand")
-VERBS = ("train", "eval")
+VERBS = ("train",)  # What writes to gs:// and can be started again on new machines.
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,37}[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$", re.IGNORECASE)

@@ -62,10 +62,11 @@ def problem_of(line: str) -> str:
 
 
 def check() -> int:
+  files = [*map(golden, EXAMPLES), ROOT / "docs/pod.md"]
   lines = {
     line
-    for example in EXAMPLES
-    for line in golden(example).read_text(encoding="utf-8").splitlines()
+    for file in files
+    for line in file.read_text(encoding="utf-8").splitlines()
     if line.startswith(("gcloud ", "xpk "))
   }
   problems = {line: problem for line in sorted(lines) if (problem := problem_of(line))}

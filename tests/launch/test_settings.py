@@ -31,7 +31,7 @@ GKE = ROOT / "launch/examples/gke_xpk.toml"
     ("cloud.reservation=x", r"cloud\.reservation: route 'queued' has no such thing"),
     ("cloud.project=My Project", r"cloud\.project: expected a project id"),
     ("job.name=My Job", r"job\.name: expected lower-case letters"),
-    ("job.command=[]", r"job\.command\[0\]: expected one of train, eval, got ''"),
+    ("job.command=[]", r"job\.command\[0\]: expected one of train, got ''"),
     ("job.command=train", r"job\.command: expected a list of words, got 'train'"),
     ('job.command=["train", "--workdir=x"]', r"job\.command\[1\]: .* is job\.workdir"),
     ('job.command=["train", "a\\nb"]', r"job\.command\[1\]: expected one line of text"),
