@@ -2,6 +2,7 @@
 """Optimisers of Optax with a schedule, and who learns how fast, by parameter path."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -122,10 +123,19 @@ def _direction(cfg: OptimizerConfig) -> optax.GradientTransformation:
     return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
   muon = optax.chain(
     optax.contrib.scale_by_muon(weight_dimension_numbers=_matrix_axes),
-    # 0.2: updates as large as Adam's, so one learning rate and its groups serve both.
-    optax.contrib.scale_by_shape(weight_dimension_numbers=_matrix_axes, consistent_rms=0.2),
+    optax.stateless(lambda updates, _: _as_large_as_adams(updates)),
   )
   return optax.partition({"muon": muon, "adam": adam}, _muon_or_adam)
+
+
+def _as_large_as_adams(updates: nnx.State) -> nnx.State:
+  """Orthogonal matrices, scaled to elements of 0.2: one learning rate serves Muon and Adam."""
+
+  def scale(update: jax.Array, axes: Any) -> jax.Array:
+    sizes = [math.prod(update.shape[i] for i in part) for part in axes]
+    return 0.2 * max(sizes) ** 0.5 * update
+
+  return jax.tree.map(scale, updates, _matrix_axes(updates))
 
 
 def _matrix_axes(params: nnx.State) -> nnx.State:
@@ -170,7 +180,7 @@ def _scale_rates(cfg: OptimizerConfig) -> optax.GradientTransformation:
   def of_all(updates: nnx.State, params: nnx.State | None) -> nnx.State:
     del params
     paths, leaves = parameter_paths(updates), jax.tree.leaves(updates)
-    lengths = {path: leaf.shape[0] for path, leaf in zip(paths, leaves) if leaf.ndim}
+    lengths = {path: len(leaf) if leaf.ndim else 1 for path, leaf in zip(paths, leaves)}
     layers = layer_factors(lengths, cfg.layer_decay)
 
     def scale(path: str, update: jax.Array) -> jax.Array:

@@ -8,6 +8,11 @@ import optax
 import pytest
 from flax import nnx
 
+from slowfast_jax.checkpoints.trees import flatten
+from slowfast_jax.errors import UserError
+from slowfast_jax.models.slowfast import SlowFast
+from slowfast_jax.sharding import make_mesh, state_shardings
+from slowfast_jax.train.layer_decay import layer_factors
 from slowfast_jax.train.optimizer import (
   OptimizerConfig,
   make_optimizer,
@@ -15,10 +20,13 @@ from slowfast_jax.train.optimizer import (
   schedule,
   split_frozen,
 )
+from tests.models import tiny
 
 CONFIG = OptimizerConfig(
   learning_rate=0.1, warmup_steps=4, total_steps=12, final_fraction=0.2, max_grad_norm=1e9
 )
+
+WSD = OptimizerConfig(0.1, 4, 20, schedule="wsd", decay_steps=8, final_fraction=0.2)
 
 
 def make_params(**values):
@@ -120,3 +128,120 @@ def test_the_optimiser_is_adamw():
   gradients = jax.tree.map(lambda x: jnp.full_like(x, 0.7), params)
   expected, _ = reference.update(gradients, reference.init(params), params)
   assert updates(config, params, gradients) == pytest.approx(values_of(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("step", "rate"), [(0, 0.0), (2, 0.05), (4, 0.1), (12, 0.1), (14, 0.08), (20, 0.02), (99, 0.02)]
+)
+def test_the_rate_rises_stays_and_falls_in_a_line(step, rate):
+  np.testing.assert_allclose(schedule(WSD)(step), rate, rtol=1e-5, atol=1e-9)
+
+
+def test_a_group_may_have_its_own_decay():
+  params = make_params(a={"kernel": 2.0}, b={"kernel": 2.0}, c={"kernel": 2.0})
+  gradients = jax.tree.map(jnp.zeros_like, params)
+  groups = (("^a", 1.0, 0.5), ("^b", 2.0, 0.0))
+  config = OptimizerConfig(0.1, 0, 100, weight_decay=0.5, groups=groups)
+  expected = {"a.kernel": -0.05, "b.kernel": 0.0, "c.kernel": -0.1}
+  assert updates(config, params, gradients) == pytest.approx(expected)
+
+
+def test_early_layers_of_an_encoder_learn_less():
+  blocks = {"vision.blocks.fc1.kernel": 3}
+  got = layer_factors({**blocks, "vision.patch.kernel": 4, "decoder.layers.x": 5}, 0.5)
+  assert set(got) == {*blocks, "vision.patch.kernel"}
+  np.testing.assert_allclose(got["vision.blocks.fc1.kernel"], [0.125, 0.25, 0.5])
+  assert got["vision.patch.kernel"] == 0.0625
+  stages = {f"vision.stages.{i}.blocks.fc1.kernel": depth for i, depth in enumerate((2, 1))}
+  got = layer_factors({**stages, "vision.stages.1.downsample.bias": 9, "vision.stem.x": 9}, 0.5)
+  np.testing.assert_allclose(got["vision.stages.0.blocks.fc1.kernel"], [0.125, 0.25])
+  np.testing.assert_allclose(got["vision.stages.1.blocks.fc1.kernel"], [0.5])
+  assert got["vision.stages.1.downsample.bias"] == 0.5
+  assert got["vision.stem.x"] == 0.0625
+
+
+def test_factors_of_layers_and_of_groups_multiply():
+  params = make_params(vision={"patch": 1.0}, decoder={"kernel": 1.0})
+  blocks = {"blocks": {"kernel": nnx.Param(jnp.ones((2, 3)))}}
+  params["vision"] = {**params["vision"], **blocks}
+  params = nnx.State(params)
+  config = OptimizerConfig(0.1, 0, 100, groups=(("^vision", 0.5),), layer_decay=0.1)
+  optimizer = make_optimizer(config)
+  update, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+  np.testing.assert_allclose(
+    update["vision"]["blocks"]["kernel"][...], [[-5e-4] * 3, [-5e-3] * 3], rtol=1e-5
+  )
+  np.testing.assert_allclose(update["vision"]["patch"][...], -5e-5, rtol=1e-5)
+  np.testing.assert_allclose(update["decoder"]["kernel"][...], -0.1, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def model():
+  """Parameters and gradients of a whole model."""
+  params = tiny.random_params(tiny.CONFIG, 0)
+  return params, tiny.randomise(params, 1)
+
+
+def one_update(model, **fields):
+  params, gradients = model
+  optimizer = make_optimizer(OptimizerConfig(0.1, 0, 10**9, max_grad_norm=1e9, **fields))
+
+  def run(params, gradients):
+    state = optimizer.init(params)
+    return state, optimizer.update(gradients, state, params)[0]
+
+  state, update = jax.jit(run)(params, gradients)
+  return flatten(state), flatten(update)
+
+
+def test_muon_makes_matrices_orthogonal_and_leaves_the_rest_to_adam(model):
+  state, update = one_update(model, name="muon")
+  _, adam = one_update(model, name="adamw")
+  for name, x in update.items():
+    if not name.endswith("kernel") or "depthwise" in name or name == "decoder.head.kernel":
+      np.testing.assert_allclose(x, adam[name], rtol=1e-5, err_msg=name)
+  # Of each layer: q is one map of 8 channels to 4 heads of 4. Muon's iteration leaves singular
+  # values between 0.7 and 1.2 of what they should be.
+  q = np.asarray(update["decoder.layers.attention.q.kernel"]).reshape(4, 8, 16)
+  sizes = np.linalg.svd(q, compute_uv=False) / (0.1 * 0.2 * 4)
+  assert 0.6 < sizes.min() < sizes.max() < 1.3
+  out = np.asarray(update["decoder.layers.attention.out.kernel"]).reshape(4, 16, 8)
+  sizes = np.linalg.svd(out, compute_uv=False) / (0.1 * 0.2 * 4)
+  assert 0.6 < sizes.min() < sizes.max() < 1.3
+  moments = [name for name in state if "layers.mlp.up.kernel" in name]
+  assert len(moments) == 1, "matrices have one moment"
+
+
+def test_adafactor_remembers_sums_of_rows_and_columns(model):
+  wide = {"width": 128, "head_dim": 64, "mlp_width": 256}
+  cfg = tiny.config(decoder=wide, hybrid=None)
+  shapes = jax.eval_shape(lambda: nnx.state(SlowFast(cfg, rngs=nnx.Rngs(0))))
+  optimizer = make_optimizer(OptimizerConfig(0.1, 0, 100, name="adafactor"))
+  state = flatten(jax.eval_shape(optimizer.init, shapes))
+  sizes = [x.size for name, x in state.items() if "layers.mlp.up.kernel" in name]
+  assert sum(sizes) < 0.02 * flatten(shapes)["decoder.layers.mlp.up.kernel"].size
+  placed = jax.tree.leaves(
+    state_shardings(jax.eval_shape(optimizer.init, shapes), make_mesh({"fsdp": 8}))
+  )
+  assert len(placed) == len(state)
+  _, update = one_update(model, name="adafactor")
+  assert all(np.isfinite(x).all() and np.any(x) for x in update.values())
+
+
+@pytest.mark.parametrize(
+  ("fields", "words"),
+  [
+    ({"name": "sgd"}, "optimizer.name must be one of .*'adafactor'.*, got 'sgd'"),
+    ({"schedule": "step"}, "optimizer.schedule must be one of .*, got 'step'"),
+    ({"schedule": "wsd"}, "optimizer.decay_steps .* at least 1 .* train.steps = 20, got 0"),
+    ({"schedule": "wsd", "decay_steps": 17}, "between warmup_steps = 4 .*, got 17"),
+    ({"layer_decay": 1.5}, "optimizer.layer_decay must be above 0, at most 1, got 1.5"),
+    ({"groups": (("x",),)}, r"optimizer.groups: each must be \(regex, .*, got \('x',\)"),
+    ({"groups": (("x", "y"),)}, "optimizer.groups: each must be"),
+    ({"groups": (("x", -1.0),)}, "factors must not be negative"),
+    ({"groups": (("(", 1.0),)}, r"optimizer.groups: '\(' is no regex"),
+  ],
+)
+def test_what_makes_no_sense_is_named(fields, words):
+  with pytest.raises(UserError, match=words):
+    OptimizerConfig(0.1, 4, 20, **fields)
