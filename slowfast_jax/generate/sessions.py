@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoded videos and images, and the arrays of batches whose rows have any number of them."""
+"""Encoded videos and images, a store of them, and what one row of a batch sees of them."""
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from slowfast_jax.errors import UserError
 from slowfast_jax.generate.prompts import bucket
 from slowfast_jax.models.hybrid import SlowKV
 
@@ -34,6 +39,86 @@ class VideoSession:
   @property
   def num_slow(self) -> int:
     return self.num_frames * self.slow.shape[2]
+
+  @property
+  def nbytes(self) -> int:
+    """Of all arrays, on all devices together."""
+    return sum(array.nbytes for array in jax.tree.leaves((self.slow, self.fast, self.kv)))
+
+  def close(self) -> None:
+    """Frees the devices' memory at once; the session cannot be asked any more."""
+    for array in jax.tree.leaves((self.slow, self.fast, self.kv)):
+      array.delete()
+
+
+@runtime_checkable
+class Encoder(Protocol):
+  """What makes sessions: the engine, which is built on this module."""
+
+  def encode(self, frames: np.ndarray) -> VideoSession: ...
+
+
+class SessionStore:
+  """Encoded videos, as many as fit into a size; the one that was asked longest ago goes first.
+
+  A session that was handed out stays whole for whoever holds it. Not thread-safe.
+
+  Args:
+    engine: encodes the videos.
+    max_bytes: of all sessions. One that alone is larger is handed out, but not kept.
+
+  Raises:
+    UserError: the size is negative.
+  """
+
+  def __init__(self, engine: Encoder, max_bytes: int):
+    if max_bytes < 0:
+      raise UserError(f"The size of a session store must be 0 or more bytes, got {max_bytes}.")
+    self.max_bytes = max_bytes
+    self._engine = engine
+    self._kept: collections.OrderedDict[Hashable, VideoSession] = collections.OrderedDict()
+
+  @property
+  def bytes(self) -> int:
+    """What the sessions hold on the devices."""
+    return sum(session.nbytes for session in self._kept.values())
+
+  def __len__(self) -> int:
+    return len(self._kept)
+
+  def __contains__(self, key: Hashable) -> bool:
+    return key in self._kept
+
+  def get(self, key: Hashable, make: Callable[[], VideoSession]) -> VideoSession:
+    """The session of this key, made where there is none.
+
+    Args:
+      key: all that a session depends on: the video's content, its part and how it is sampled.
+      make: encodes the video.
+    """
+    if key in self._kept:
+      self._kept.move_to_end(key)
+      return self._kept[key]
+    session = make()
+    if session.nbytes <= self.max_bytes:
+      while self.bytes + session.nbytes > self.max_bytes:
+        self._kept.popitem(last=False)
+      self._kept[key] = session
+    return session
+
+  def encode(self, frames: np.ndarray) -> VideoSession:
+    """The session of these frames; equal frames are encoded once."""
+    content = hashlib.sha256(np.ascontiguousarray(frames).data).hexdigest()
+    key = (frames.shape, str(frames.dtype), content)
+    return self.get(key, lambda: self._engine.encode(frames))
+
+  def evict(self, key: Hashable) -> None:
+    """Forgets a session, if it is there."""
+    self._kept.pop(key, None)
+
+  def clear(self) -> None:
+    """Forgets all sessions."""
+    self._kept.clear()
 
 
 # What a prompt is about: one video or image, several in the order of their placeholders, or none.
