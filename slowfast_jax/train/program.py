@@ -17,6 +17,7 @@ from slowfast_jax.shapes import Batch
 from slowfast_jax.train.flops import model_flops, training_flops
 from slowfast_jax.train.metrics import Step, instrument
 from slowfast_jax.train.optimizer import schedule, split_frozen
+from slowfast_jax.train.plan import Plan
 from slowfast_jax.train.setup import Setup, place_batch
 from slowfast_jax.train.step import TrainState
 
@@ -50,7 +51,7 @@ def compile_steps(setup: Setup, state: TrainState, say: Say) -> dict[Shapes, Pro
   }
 
 
-def compile_step(setup: Setup, state: TrainState, batch: Batch, say: Say) -> Step:
+def compile_step(setup: Plan, state: TrainState, batch: Batch, say: Say) -> Step:
   """The step for batches of this one's shape; the state is donated to it."""
   shardings = jax.tree.map(lambda x: x.sharding, state)
   jitted = jax.jit(
@@ -66,7 +67,7 @@ def compile_step(setup: Setup, state: TrainState, batch: Batch, say: Say) -> Ste
   return compiled
 
 
-def step_flops(setup: Setup, batch: Batch) -> float:
+def step_flops(setup: Plan, batch: Batch) -> float:
   """Model FLOPs of a step on such a batch."""
   B, F = batch.frames.shape[:2]
   forward = model_flops(
