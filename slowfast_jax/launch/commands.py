@@ -43,8 +43,10 @@ class Outcome:
 
   @property
   def text(self) -> str:
-    """The last lines of what it said, for a message."""
-    return "\n".join((self.errors or self.output).strip().splitlines()[-5:])
+    """What it said that matters, for a message: from the error on, or else the end."""
+    lines = (self.errors or self.output).strip().splitlines()
+    errors = [i for i, line in enumerate(lines) if line.startswith("ERROR")]
+    return "\n".join(lines[errors[0] :][:5] if errors else lines[-5:])
 
 
 def capture(command: Command) -> Outcome:

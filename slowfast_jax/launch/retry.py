@@ -25,6 +25,7 @@ UNEVEN_LOOKS = 10
 # Errors that are the same the next time.
 REFUSED = (
   "PERMISSION_DENIED|INVALID_ARGUMENT|UNAUTHENTICATED|unrecognized arguments|Invalid choice"
+  "|active account selected"
   "|there is no such program on PATH"
 )
 

@@ -126,6 +126,8 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     tree = tomllib.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError as error:
     raise UserError(f"{path}: there is no such launch file; launch/examples/ has some.") from error
+  except OSError as error:
+    raise UserError(f"{path}: {error.strerror}.") from error
   except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
     raise UserError(f"{path}: not valid TOML: {error}.") from error
   for override in overrides:

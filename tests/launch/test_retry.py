@@ -104,11 +104,14 @@ def test_calls_that_always_fail_are_given_up_and_the_cost_is_told(cloud, capsys)
   assert "may still cost money" in capsys.readouterr().err
 
 
-def test_refusal_ends_it_at_once(cloud, capsys):
-  fake = cloud(failing={"2": "PERMISSION_DENIED: tpu.nodes.create"})
+@pytest.mark.parametrize(
+  "refusal", ["PERMISSION_DENIED: no", "You do not currently have an active account selected."]
+)
+def test_refusal_ends_it_at_once(cloud, capsys, refusal):
+  fake = cloud(failing={"2": refusal})
   assert launch("retry") == 1
   assert len(fake.calls) == 2
-  assert "PERMISSION_DENIED" in capsys.readouterr().err
+  assert f"this will not pass by itself: ERROR: (gcloud) {refusal}" in capsys.readouterr().err
 
 
 def test_restarts_have_a_limit(cloud, capsys):

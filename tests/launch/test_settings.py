@@ -72,6 +72,8 @@ def test_missing_field_and_file_are_named(tmp_path):
   file.write_text('[cloud]\nproject = "p"\n')
   with pytest.raises(UserError, match=r"my\.toml: cloud\.zone: expected a value, found none"):
     load_settings(file)
+  with pytest.raises(UserError, match=r"Is a directory"):
+    load_settings(tmp_path)
   file.write_text("[cloud\n")
   with pytest.raises(UserError, match=r"my\.toml: not valid TOML: .*line 1"):
     load_settings(file)
