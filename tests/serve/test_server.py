@@ -9,8 +9,8 @@ import httpx
 import openai
 import pytest
 
-from benchmarks.serve import measure_load, questions, send_hostile
 from benchmarks.serve_hostile import fuzzed, table
+from benchmarks.serve_load import measure_load, questions, send_hostile
 from benchmarks.serve_process import serving
 from tests.serve.conftest import FLAGS
 
@@ -26,7 +26,7 @@ def test_damaged_requests_are_refused(server):
 
 def test_answers_under_load_are_those_of_one_client(server):
   """`slowfast bench serve` has 64 clients and measures."""
-  load = measure_load(server, questions(24, tokens=12), clients=8)
+  load = measure_load(server, server, questions(24, tokens=12), clients=8)
   assert load.wrong == 0
 
 
