@@ -30,6 +30,7 @@ VERBS = {
   "eval": "evaluate a checkpoint",
   "chat": "ask a checkpoint about a video",
   "serve": "serve a checkpoint: OpenAI's HTTP interface and a web page",
+  "compile": "compile a config for TPUs that are not here: does it fit, what does it cost",
   "convert": "convert a checkpoint between Hugging Face and Orbax, or make one of its parts",
   "bench": "run a benchmark of the checkout",
   "doctor": "check what works on this machine and what does not",

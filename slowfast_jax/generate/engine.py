@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, UInt8
 
@@ -114,14 +113,7 @@ class Engine:
     out_shardings: Any = None,
   ) -> Callable:
     """A program (model, ...) as a function of its keywords, compiled for each bucket it meets."""
-
-    def run(params, **arguments):
-      return program(nnx.merge(self._graphdef, params), **arguments)
-
-    run.__name__ = program.__name__  # The name in profiles and compilation logs.
-    jitted = jax.jit(
-      run, static_argnames=static, donate_argnames=donate, out_shardings=out_shardings
-    )
+    jitted = programs.jit_program(self._graphdef, program, static, donate, out_shardings)
     bound = functools.partial(jitted, self.params)
     if self._mesh is None:
       return bound

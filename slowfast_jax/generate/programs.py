@@ -2,9 +2,12 @@
 """What is compiled, as pure functions: encode a video, score prompts, prefill and decode."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from slowfast_jax.generate.prompts import Prompts
@@ -51,6 +54,22 @@ class Decoding:
   counts: Int[Array, " B"]
   lengths: Int[Array, " B"]
   stopped: Bool[Array, " B"]
+
+
+def jit_program(
+  graphdef: nnx.GraphDef,
+  program: Callable,
+  static: tuple[str, ...] = (),
+  donate: tuple[str, ...] = (),
+  out_shardings: Any = None,
+) -> Any:
+  """A program (model, ...) as a jitted function of the model's parameters and its keywords."""
+
+  def run(params, **arguments):
+    return program(nnx.merge(graphdef, params), **arguments)
+
+  run.__name__ = program.__name__  # The name in profiles and compilation logs.
+  return jax.jit(run, static_argnames=static, donate_argnames=donate, out_shardings=out_shardings)
 
 
 def encode_video(

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What would make a program fit that does not: which field to change, and about how much it frees.
+
+What lies in memory all the time (parameters, optimiser) is computed; what is kept for the backward
+pass is estimated from the layers' sizes.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from slowfast_jax.compile.programs import bytes_of
+from slowfast_jax.compile.topology import GIB
+from slowfast_jax.errors import UserError
+from slowfast_jax.models.remat import REMAT
+from slowfast_jax.models.vit import ViTConfig
+from slowfast_jax.train.optimizer import split_frozen
+from slowfast_jax.train.plan import Plan, make_plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+  """One change.
+
+  Attributes:
+    change: as words of the command line.
+    frees: bytes of a device.
+  """
+
+  change: str
+  frees: float
+
+
+def advise(
+  config: ml_collections.ConfigDict, devices: list, what: str, missing: float
+) -> list[str]:
+  """Lines of advice, the most helpful first; `missing` bytes are needed."""
+  if what != "train":
+    return [
+      "spread the parameters: a larger mesh.tensor, up to the number of KV heads",
+      "spread the slow tokens: a larger mesh.context",
+      "fewer or smaller arrays: data.num_frames, --rows, --text, --new_tokens",
+    ]
+  found = sorted(_changes(config, devices), key=lambda advice: -advice.frees)
+  lines = [
+    f"{one.change}: frees about {one.frees / GIB:.1f} GiB"
+    + (", which is enough" if one.frees >= missing else "")
+    for one in found
+    if one.frees > 0.02 * missing
+  ]
+  return lines or ["more chips, or a smaller model: no single field frees enough"]
+
+
+def _changes(config: ml_collections.ConfigDict, devices: list) -> list[Advice]:
+  plan, c = make_plan(config, devices), config
+  state, kept = _state_bytes(plan), kept_bytes(plan)
+  parts = dict(plan.mesh.shape)
+  spread = parts["data"] * parts["fsdp"]
+  rows = c.data.batch_size // spread
+  tries = [
+    ("mesh", {"data": 1, "fsdp": spread}, f"--config.mesh.data=1 --config.mesh.fsdp={spread}"),
+    ("optimizer", {"name": "adafactor"}, "--config.optimizer.name=adafactor"),
+  ]
+  found = []
+  for section, fields, words in tries:
+    changed = _changed(c, section, fields)
+    try:
+      found.append(Advice(words, state - _state_bytes(make_plan(changed, devices))))
+    except UserError:
+      continue  # What the change leads to is not allowed.
+  stricter = REMAT[REMAT.index(c.train.remat) + 1 :]
+  for policy in stricter:
+    frees = kept - kept_bytes(make_plan(_changed(c, "train", {"remat": policy}), devices))
+    found.append(Advice(f"--config.train.remat={policy}", frees))
+  if rows // c.train.accumulation > 1:
+    twice = 2 * c.train.accumulation
+    found.append(Advice(f"--config.train.accumulation={twice}", kept / 2))
+    half = c.data.batch_size // 2
+    found.append(Advice(f"--config.data.batch_size={half} (another recipe)", kept / 2))
+  return found
+
+
+def _changed(
+  config: ml_collections.ConfigDict, section: str, fields: dict[str, Any]
+) -> ml_collections.ConfigDict:
+  copy = config.copy_and_resolve_references().unlock()
+  copy[section].update(fields)
+  return copy.lock()
+
+
+def _state_bytes(plan: Plan) -> int:
+  return bytes_of(plan.abstract_state())
+
+
+def kept_bytes(plan: Plan) -> float:
+  """About what a device keeps of all layers for the backward pass."""
+  c, model = plan.config, plan.model
+  learning, _ = split_frozen(jax.eval_shape(plan.init, jax.random.key(0)).params, plan.optimizer)
+  mesh = plan.mesh.shape
+  rows = c.data.batch_size / (mesh["data"] * mesh["fsdp"] * c.train.accumulation)
+  size, policy = jnp.dtype(c.train.dtype).itemsize, c.train.remat
+  decoder = model.decoder
+  heads = (decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim
+  queries = decoder.num_heads * decoder.head_dim
+  one = _kept(decoder.width, heads, queries, 3 * decoder.mlp_width, policy)
+  total = c.data.decoder_length * decoder.num_layers * one / mesh["tensor"]
+  vision = model.vision
+  if "vision" in learning and isinstance(vision, ViTConfig):
+    block = _kept(vision.width, 3 * vision.width, vision.width, 2 * vision.mlp_width, policy)
+    tokens = c.data.num_frames * vision.tokens_per_frame * vision.num_blocks
+    total += tokens * block / (mesh["tensor"] * mesh["context"])
+  return rows * total * size
+
+
+def _kept(width: int, heads: int, queries: int, mlp: int, policy: str) -> int:
+  """Elements of a position that one layer keeps."""
+  return {
+    "none": 6 * width + 2 * heads + queries + mlp,
+    "dots": 3 * width + heads + mlp,
+    "minimal": width + heads + queries,
+    "offload": width,
+    "full": width,
+  }[policy]

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles for described chips, in a process of its own: the compiler reads its settings once.
+
+`python -m slowfast_jax.compile.worker FOLDER` reads FOLDER/request.json, says on its standard
+output what it is doing, a line each, and writes FOLDER/result.json.
+"""
+
+import contextlib
+import glob
+import json
+import os
+import re
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from slowfast_jax.compile.advice import advise
+from slowfast_jax.compile.cost import cost_of
+from slowfast_jax.compile.hlo import parse
+from slowfast_jax.compile.programs import Program, Request, programs_of
+from slowfast_jax.compile.topology import parse_topology
+from slowfast_jax.config import load_config
+from slowfast_jax.errors import UserError
+
+# What the compiler says where memory does not suffice.
+_OVER = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def main(folder: str) -> None:
+  request = json.loads(Path(folder, "request.json").read_text())
+  try:
+    result = _run(request, folder)
+  except UserError as error:
+    result = {"error": str(error)}
+  Path(folder, "result.json").write_text(json.dumps(result))
+
+
+def environment(folder: str) -> dict[str, str]:
+  """Settings of the worker: no TPU is looked for, and what is compiled is written down."""
+  dump = f"--xla_dump_to={folder}/dump --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*"
+  return {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5e-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {dump}".strip(),
+  }
+
+
+def _run(request: dict[str, Any], folder: str) -> dict[str, Any]:
+  config = load_config(request["config"], request["overrides"])
+  topology = parse_topology(request["topology"], request["slices"])
+  slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
+  described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **slices)
+  found = []
+  _say("tracing the model")
+  generation = Request(**request["generation"])
+  for program in programs_of(config, list(described.devices), request["what"], generation):
+    _say(f"compiling {program.name}")
+    with _emptied(f"{folder}/dump"):
+      found.append(_compile(program, f"{folder}/dump"))
+    if over := found[-1].get("over"):
+      missing = over["used"] - over["limit"]
+      found[-1]["advice"] = advise(config, list(described.devices), request["what"], missing)
+      break
+  memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  return {"programs": found, "host_memory": memory}
+
+
+def _compile(program: Program, dump: str) -> dict[str, Any]:
+  began = time.monotonic()
+  facts: dict[str, Any] = {
+    "name": program.name,
+    "mesh": dict(program.mesh.shape),
+    "memory": program.memory,
+    "model_flops": program.model_flops,
+    "frames": program.frames,
+    "rows": program.rows,
+  }
+  try:
+    compiled = program.compile()
+  except jax.errors.JaxRuntimeError as error:
+    match = _OVER.search(str(error))
+    if match is None:
+      raise
+    used, limit = (float(match[i]) * _UNITS[match[i + 1]] for i in (1, 3))
+    return facts | {"over": {"used": used, "limit": limit}, "seconds": time.monotonic() - began}
+  facts["seconds"] = time.monotonic() - began
+  _say(f"reading what became of {program.name}")
+  sizes: Any = compiled.memory_analysis()
+  facts["hbm"] = {
+    "arguments": sizes.argument_size_in_bytes,
+    "new results": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+    "temporaries": sizes.temp_size_in_bytes,
+    "code": sizes.generated_code_size_in_bytes,
+  }
+  cost = cost_of(parse(_text(dump)), facts["mesh"])
+  facts["cost"] = {
+    "flops": cost.flops,
+    "cycles": cost.cycles,
+    "cycles_by_part": cost.cycles_by_part,
+    "kernel_flops": cost.kernel_flops,
+    "collectives": [vars(one) for one in cost.collectives],
+    "kernels": cost.kernels,
+    "largest": cost.largest,
+  }
+  return facts
+
+
+def _text(dump: str) -> str:
+  """The program after all passes: `Compiled.as_text` fails on some of a pod's instructions."""
+  files = glob.glob(f"{dump}/*after_codegen.txt")
+  return Path(max(files, key=os.path.getsize)).read_text()
+
+
+@contextlib.contextmanager
+def _emptied(folder: str) -> Iterator[None]:
+  try:
+    yield
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _say(text: str) -> None:
+  print(f"now: {text}", flush=True)
+
+
+if __name__ == "__main__":
+  main(sys.argv[1])
