@@ -19,7 +19,7 @@ from slowfast_jax.models.decoder import ReadSlow
 from slowfast_jax.models.hybrid import HybridAdapter, SlowKV, SlowQuery
 from slowfast_jax.models.layers import layer_of
 from slowfast_jax.models.slowfast import SlowFast
-from slowfast_jax.shapes import Array
+from slowfast_jax.shapes import FAST, PROMPT, Array
 
 # Points of the midpoint rule along the slow path's share; the test of the sum allows 2% of error.
 _SHARES = 8
@@ -56,6 +56,17 @@ class SlowAttention:
     total = np.maximum(self.relevance.sum(axis=(0, 1, 2)), 0)
     even = np.full_like(total, 1 / len(total))
     return (total / total.sum() if total.any() else even).astype(np.float32)
+
+  def read_by_reply(self) -> Float[np.ndarray, "tokens F"]:
+    """What each token of the reply was written from: shares of the frames in what was let in.
+
+    A token is written at the position before it: the first one at the prompt's last.
+    """
+    (written,) = np.nonzero(self.reply)
+    let_in = np.einsum("ANXF,AX->XF", self.weights, self.gates)[written - 1]
+    total = let_in.sum(axis=1, keepdims=True)
+    even = np.full_like(let_in, 1 / let_in.shape[1])
+    return np.where(total > 0, let_in / np.where(total > 0, total, 1), even).astype(np.float32)
 
 
 def attend(
@@ -96,6 +107,44 @@ def attend(
     return einops.reduce(values, "A B N X (F P) -> A B N X F", "sum", P=tokens_per_frame)
 
   return by_frame(weights), gates.astype(jnp.float32), by_frame(weights * effect)
+
+
+def describe(
+  attended: tuple[Array, Array, Array],
+  built: Prompts,
+  *,
+  reply: int,
+  num_frames: int,
+  turn_start: int,
+  layers: tuple[int, ...],
+) -> SlowAttention:
+  """What `attend` found for the first row, without padding.
+
+  Args:
+    attended: of `attend`.
+    built: the prompts.
+    reply: tokens of the row's reply, which are its last.
+    num_frames: of the video.
+    turn_start: the token that begins a turn.
+    layers: depths of the hybrid layers.
+  """
+  weights, gates, relevance = (np.asarray(part)[:, 0] for part in attended)
+  index, kind, tokens = built.text_index[0], built.kind[0], built.tokens[0]
+  index = index[index >= 0]
+  # In a conversation the last turn but one is what was asked.
+  starts = np.flatnonzero((tokens == turn_start) & (kind == PROMPT))
+  visual_stop = np.flatnonzero(kind == FAST)[-1] + 1
+  behind = index >= max(visual_stop, starts[-2] if len(starts) > 1 else 0)
+  replied = index >= int(built.lengths[0]) - reply
+  return SlowAttention(
+    weights[:, :, : len(index), :num_frames],
+    gates[:, : len(index)],
+    tokens[index],
+    behind & ~replied,
+    replied,
+    layers,
+    relevance[:, :, : len(index), :num_frames],
+  )
 
 
 def _log_probs(

@@ -20,7 +20,7 @@ from slowfast_jax.data.chat import Turn, encode_prompt
 from slowfast_jax.data.tokenizer import Tokenizer
 from slowfast_jax.errors import UserError
 from slowfast_jax.generate import programs
-from slowfast_jax.generate.attention import SlowAttention, attend
+from slowfast_jax.generate.attention import SlowAttention, attend, describe
 from slowfast_jax.generate.programs import Decoding, Visual
 from slowfast_jax.generate.prompts import Prompts, bucket, build_prompts
 from slowfast_jax.generate.sampling import Sampling, make_sampling
@@ -36,7 +36,7 @@ from slowfast_jax.generate.text import TextPieces
 from slowfast_jax.models.compressor import pooling_matrix
 from slowfast_jax.models.hybrid import SlowKV
 from slowfast_jax.models.slowfast import graphdef_of
-from slowfast_jax.shapes import FAST, PROMPT
+from slowfast_jax.shapes import FAST
 from slowfast_jax.sharding import sharding_of, state_shardings
 
 # New tokens that `stream` waits for: few enough to look alive, enough to keep the device busy.
@@ -147,7 +147,7 @@ class Engine:
         f"got {list(frames.shape)}."
       )
     count = len(frames)
-    padded, map_QF = self._padded_frames(count), self._pooling(count)
+    padded, map_QF = self.padded_frames(count), self._pooling(count)
     pooling = np.zeros((len(self._pooling(padded)), padded), np.float32)
     pooling[: len(map_QF), :count] = map_QF
     frames = np.concatenate([frames, np.zeros((padded - count, *frames.shape[1:]), frames.dtype)])
@@ -162,7 +162,8 @@ class Engine:
     kv = jax.tree.map(lambda x: self.place(x, None, None, "slow", "heads"), kv)
     return VideoSession(slow, fast, kv, count, fast.shape[1] // len(pooling) * len(map_QF))
 
-  def _padded_frames(self, count: int) -> int:
+  def padded_frames(self, count: int) -> int:
+    """To how many frames a video of so many is padded."""
     return count if count == self.export.video.num_frames else bucket(count)
 
   def _pooling(self, count: int) -> Float32[np.ndarray, "Q F"]:
@@ -171,12 +172,15 @@ class Engine:
 
   def media_size(self, num_frames: int) -> tuple[int, int]:
     """Fast and slow tokens of so many frames, padding included. Nothing is computed."""
-    padded, size = self._padded_frames(num_frames), self.export.model.vision.image_size
-    slow, fast, _ = jax.eval_shape(
-      functools.partial(self._encode, dtype=self.dtype, frame_chunk=ENCODED_FRAMES),
+    padded, size = self.padded_frames(num_frames), self.export.model.vision.image_size
+    tokens = programs.jit_program(
+      self._graphdef, programs.visual_tokens, static=("dtype", "frame_chunk")
+    )
+    slow, fast = jax.eval_shape(
+      functools.partial(tokens, dtype=self.dtype, frame_chunk=ENCODED_FRAMES),
+      self.params,
       frames=jax.ShapeDtypeStruct((padded, size, size, 3), np.uint8),
       pooling=jax.ShapeDtypeStruct(self._pooling(padded).shape, np.float32),
-      zero_slow=jax.ShapeDtypeStruct((), np.bool_),
     )
     return fast.shape[1], slow.shape[1] * slow.shape[2]
 
@@ -320,25 +324,16 @@ class Engine:
       raise UserError("This model has no hybrid layers: it reads no slow tokens.")
     built, visual = self.build([[*ids, *reply]], [session])
     asked = np.maximum(np.asarray(built.lengths) - len(reply) - 1, 0)
-    weights, gates, relevance = self._attend(
+    attended = self._attend(
       prompts=built, visual=visual, tokens_per_frame=session.slow.shape[2], asked=asked
     )
-    index = np.asarray(built.text_index)[0]
-    index = index[index >= 0]
-    kind, tokens = np.asarray(built.kind)[0], np.asarray(built.tokens)[0]
-    # In a conversation the last turn but one is what was asked.
-    starts = np.flatnonzero((tokens == self.tokenizer.im_start_id) & (kind == PROMPT))
-    visual_stop = np.flatnonzero(kind == FAST)[-1] + 1
-    behind = index >= max(visual_stop, starts[-2] if len(starts) > 1 else 0)
-    replied = index >= int(built.lengths[0]) - len(reply)
-    return SlowAttention(
-      np.asarray(weights)[:, 0, :, : len(index), : session.num_frames],
-      np.asarray(gates)[:, 0, : len(index)],
-      tokens[index],
-      behind & ~replied,
-      replied,
-      self.export.model.hybrid_layers,
-      np.asarray(relevance)[:, 0, :, : len(index), : session.num_frames],
+    return describe(
+      attended,
+      jax.device_get(built),
+      reply=len(reply),
+      num_frames=session.num_frames,
+      turn_start=self.tokenizer.im_start_id,
+      layers=self.export.model.hybrid_layers,
     )
 
   def build(

@@ -84,13 +84,21 @@ def encode_video(
 
   With `zero_slow` the decoder gets the same fast tokens, but slow tokens of zeros.
   """
+  slow, fast = visual_tokens(model, frames, pooling, dtype, frame_chunk)
+  kv = model.slow_kv(jnp.where(zero_slow, jnp.zeros_like(slow), slow))
+  return slow, fast, kv
+
+
+def visual_tokens(
+  model: SlowFast, frames: Array, pooling: Float[Array, "Q F"], dtype: jnp.dtype, frame_chunk: int
+) -> tuple[Float[Array, "1 F P D"], Float[Array, "1 fast D"]]:
+  """Slow tokens and flat fast tokens of one video."""
   if frames.dtype == jnp.uint8:
     slow = model.encode(frames[None], dtype, frame_chunk)
   else:
     slow = model.encode_pixels(frames[None].astype(dtype), frame_chunk)
   fast = compress(slow, pooling[None], model.cfg.compressor.spatial_stride)
-  kv = model.slow_kv(jnp.where(zero_slow, jnp.zeros_like(slow), slow))
-  return slow, fast.reshape(1, -1, fast.shape[-1]), kv
+  return slow, fast.reshape(1, -1, fast.shape[-1])
 
 
 def embed_prompts(model: SlowFast, prompts: Prompts, visual: Visual) -> Float[Array, "B T D"]:

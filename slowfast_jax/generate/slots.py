@@ -7,17 +7,18 @@ Every step then takes a few new tokens of all slots at once.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slowfast_jax.data.chat import IMAGE_TOKEN
 from slowfast_jax.errors import UserError
 from slowfast_jax.generate import programs
 from slowfast_jax.generate.engine import STREAM_STEPS, Engine
 from slowfast_jax.generate.programs import Decoding, Visual
-from slowfast_jax.generate.prompts import bucket
+from slowfast_jax.generate.prompts import LEAST_TEXT, bucket
 from slowfast_jax.generate.sampling import make_sampling
 from slowfast_jax.generate.sessions import RowMedia, Sessions, as_tuple, fit, join
 from slowfast_jax.models.hybrid import SlowKV
@@ -78,18 +79,29 @@ class Slots:
         raise UserError(f"{name} must be at least 1, got {size}.")
     self._engine, self._count = engine, count
     self._text_length, self._slow_length = text_length, slow_length
-    self._stop_ids = np.array(engine.stop_ids, np.int32)
     self._used: dict[int, int] = {}  # Slot -> new tokens that were told.
     self._limits = np.zeros(count, np.int32)
     self._sampling = make_sampling(count)
-    empty = self._empty()
-    # The same layout before and after every call, or each would compile another program.
-    shardings = jax.tree.map(lambda array: array.sharding, empty)
-    self._state, self._visual = jax.device_put(empty, shardings)
-    self._decode = engine.compiled(programs.decode, donate=("state",), out_shardings=shardings[0])
-    self._insert = jax.jit(
-      programs.insert, donate_argnames=("state", "visual"), out_shardings=shardings
+    # The same layout before and after every call, or each would compile another program. As lists:
+    # where an array lives is no array, which is what the types of a state ask for.
+    tree: Any
+    leaves, tree = jax.tree.flatten(self._empty())
+    shardings = [leaf.sharding for leaf in leaves]
+    self._state, self._visual = tree.unflatten(jax.device_put(leaves, shardings))
+    state_tree: Any = jax.tree.structure(self._state)
+
+    def decode(model, **arguments):
+      return jax.tree.leaves(programs.decode(model, **arguments))
+
+    def insert(**arguments):
+      return jax.tree.leaves(programs.insert(**arguments))
+
+    decoded = engine.compiled(
+      decode, donate=("state",), out_shardings=shardings[: state_tree.num_leaves]
     )
+    inserted = jax.jit(insert, donate_argnames=("state", "visual"), out_shardings=shardings)
+    self._decode = lambda **arguments: state_tree.unflatten(decoded(**arguments))
+    self._insert = lambda **arguments: tree.unflatten(inserted(**arguments))
     # Media are padded to few sizes, so that those of other lengths compile nothing.
     sizes = {engine.media_size(n) for n in (1, engine.export.video.num_frames)}
     self._fast_bounds = sorted(fast for fast, _ in sizes)
@@ -177,18 +189,23 @@ class Slots:
       raise RuntimeError("Slots must be warmed up before they are used.")
     engine, num_frames = self._engine, self._engine.export.video.num_frames
     size = engine.export.model.vision.image_size
-    counts = sorted({bucket(n) for n in range(1, num_frames)} | {num_frames})
-    sessions = [engine.encode(np.zeros((n, size, size, 3), np.uint8)) for n in counts]
+    # One video of each size that videos are padded to.
+    counts = {engine.padded_frames(n): n for n in range(1, num_frames + 1)}
+    sessions = [engine.encode(np.zeros((n, size, size, 3), np.uint8)) for n in counts.values()]
+    done: set[tuple[int, int]] = set()
     for session in [None, *sessions]:
       media = as_tuple(session)
       if sum(s.num_slow for s in media) > self._slow_length:
         continue
+      padded = self._media(join(media))
       room = self._text_length - sum(s.num_fast for s in media) - 1
       longest = min(room, longest_text or room)
-      for length in sorted({bucket(n, 64) for n in range(1, longest + 1)}):
-        ids = [0] * (min(length, longest) - 1)
-        request = Request([*ids, *([-200] if media else [0])], session, 1)
-        self._fill(0, request, make_sampling(1))
+      for length in sorted({bucket(n, LEAST_TEXT) for n in range(1, longest + 1)}):
+        shape = (0 if padded is None else padded.fast.shape[1], length)
+        if shape not in done:
+          done.add(shape)
+          ids = [0] * min(length, longest) + [IMAGE_TOKEN] * len(media)
+          self._fill(0, Request(ids, session, 1), make_sampling(1))
     self._advance(1)
 
   def _empty(self) -> tuple[Decoding, Visual]:
@@ -228,7 +245,7 @@ class Slots:
       prompts=prompts,
       visual=visual,
       sampling=jax.tree.map(lambda x: np.pad(x, (0, rows - 1)), sampling),
-      stop_ids=self._stop_ids,
+      stop_ids=np.array(self._engine.stop_ids, np.int32),
       max_new_tokens=self._text_length,
       cache_length=self._text_length,
     )
@@ -252,5 +269,5 @@ class Slots:
       sampling=self._sampling,
       limits=self._limits.copy(),
       steps=np.int32(steps),
-      stop_ids=self._stop_ids,
+      stop_ids=np.array(self._engine.stop_ids, np.int32),
     )
