@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, UnidentifiedImageError
 
-from slowfast_jax.checkpoints.store import Export
+from slowfast_jax.checkpoints.store import Export, VideoConfig
 from slowfast_jax.data.preprocess import Policy, preprocess
 from slowfast_jax.data.video import Sampler, VideoPath, read_frames
 from slowfast_jax.errors import UserError
@@ -36,16 +36,21 @@ class ModelFrames:
   lost: int
 
 
+def is_picture(path: VideoPath) -> bool:
+  """Whether a file is opened as a still picture, by its name."""
+  return isinstance(path, str | os.PathLike) and (
+    pathlib.Path(os.fsdecode(path)).suffix.lower() in PICTURES
+  )
+
+
 def read_media(path: VideoPath, export: Export) -> ModelFrames:
   """Reads a picture as one frame, by the file's name, and anything else as a video.
 
   Raises:
     UserError: the file is missing, or neither.
   """
-  if isinstance(path, str | os.PathLike):
-    file = pathlib.Path(os.fsdecode(path))
-    if file.suffix.lower() in PICTURES:
-      return read_picture(file, export)
+  if is_picture(path):
+    return read_picture(pathlib.Path(os.fsdecode(cast(str, path))), export)
   return read_video(path, export)
 
 
@@ -67,19 +72,34 @@ def read_picture(path: pathlib.Path, export: Export) -> ModelFrames:
   return ModelFrames(square[None], np.zeros(1, np.float32), duration=0.0, lost=0)
 
 
-def read_video(path: VideoPath, export: Export) -> ModelFrames:
+def read_video(
+  path: VideoPath,
+  export: Export,
+  video: VideoConfig | None = None,
+  start: float | None = None,
+  end: float | None = None,
+) -> ModelFrames:
   """Reads the frames that the model of this export takes.
 
+  Args:
+    path: the file, or its content.
+    export: the model.
+    video: which frames are taken; None: those of its training.
+    start, end: seconds of the part that frames are taken from; None: of the whole video.
+
   Raises:
-    VideoError: the file is missing, no video, or too damaged.
+    VideoError: the file is missing, no video, too damaged, or has no such part.
   """
-  size, video = export.model.vision.image_size, export.video
+  size, video = export.model.vision.image_size, video or export.video
+  policy = cast(Policy, video.policy)
   frames = read_frames(
     path,
     video.num_frames,
     sampler=cast(Sampler, video.sampler),
     target_fps=video.target_fps,
-    transform=lambda image: preprocess(image, size, cast(Policy, video.policy)),
+    start=start,
+    end=end,
+    transform=lambda image: preprocess(image, size, policy),
   )
   return ModelFrames(
     np.stack(list(frames.images)), frames.timestamps, frames.duration, frames.decode_errors
