@@ -6,6 +6,7 @@ hybridising is adding adapters to a decoder, not writing another decoder.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -219,11 +220,23 @@ class Decoder(nnx.Module):
     k, v = (jnp.concatenate(parts) for parts in zip(*collected))
     return self.norm(x), KVCache(k, v)
 
+  def projection(self) -> Callable[[Float[Array, "*L D"]], Float[Array, "*L V"]]:
+    """`logits` as a function that is a pytree of the arrays that it needs."""
+    graphdef, state = nnx.split(self.embed if self.head is None else self.head)
+    return jax.tree_util.Partial(functools.partial(_project, graphdef), state)
+
   def logits(self, hidden: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
     """Float32 scores of the vocabulary."""
-    if self.head is None:
-      return self.embed.attend(hidden)
-    return linear(self.head.equation, hidden, self.head.kernel[...], jnp.float32)
+    return self.projection()(hidden)
+
+
+def _project(
+  graphdef: nnx.GraphDef, state: nnx.State, hidden: Float[Array, "*L D"]
+) -> Float[Array, "*L V"]:
+  head: Embedding | Projection = nnx.merge(graphdef, state)
+  if isinstance(head, Embedding):
+    return head.attend(hidden)
+  return linear(head.equation, hidden, head.kernel[...], jnp.float32)
 
 
 def _residual_gain(cfg: DecoderConfig) -> float:

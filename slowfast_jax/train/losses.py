@@ -6,15 +6,17 @@ So positions that are learned are taken to the front, and scored some at a time,
 pass once more; parts in which no position of the batch is learned are not scored at all.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
 import einops
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from slowfast_jax.sharding import RULES, mesh_in_force
+from slowfast_jax.sharding import RULES, axes_that_divide, mesh_in_force
 
 # Scores of a device that exist together: 256 MiB, and enough rows to fill a matrix unit.
 SCORES_AT_ONCE = 2**26
@@ -36,7 +38,7 @@ def next_token_loss(
 
   Args:
     hidden: last hidden states.
-    project: their scores of the vocabulary.
+    project: their scores of the vocabulary; on a mesh a pytree, see `Decoder.projection`.
     targets: the next token of each position.
     weights: how much each counts; 0 where nothing is learned.
     total: what the sums are divided by; None: the weights' sum, at least 1.
@@ -50,7 +52,7 @@ def next_token_loss(
   if total is None:
     total = total_weight(weights)
 
-  def sums(hidden: Array, targets: Array, weights: Array) -> Float[Array, " three"]:
+  def sums(project: Project, hidden: Array, targets: Array, weights: Array):
     logits = project(hidden).astype(jnp.float32)
     partition = jax.nn.logsumexp(logits, axis=-1)
     # Not an index: a vocabulary that is spread over devices is summed where it lies.
@@ -62,7 +64,12 @@ def next_token_loss(
 
   arrays = (hidden, targets, weights)
   whole = chunk is None or chunk >= hidden.shape[1]
-  found = sums(*arrays) if whole else _sum_chunks(sums, arrays, chunk or 1)
+
+  def all_sums(project: Project, *arrays: Array) -> Float[Array, " three"]:
+    some = functools.partial(sums, project)
+    return some(*arrays) if whole else _sum_chunks(some, arrays, chunk or 1)
+
+  found = _sum_devices(all_sums, project, arrays)
   nll, right, squares = found / total
   metrics = {"loss": nll, "token_accuracy": right}
   if z_loss:
@@ -89,8 +96,36 @@ def chunk_length(batch_size: int, vocab_size: int) -> int:
   return max(SCORES_AT_ONCE // scores, 1)
 
 
+def _sum_devices(
+  sums: Callable[..., Float[Array, " three"]], project: Project, arrays: tuple[Array, ...]
+) -> Float[Array, " three"]:
+  """`sums(project, *arrays)`, on each device of its own rows.
+
+  So what a projection is made of is gathered once, and its gradient added up over devices once, not
+  with every chunk.
+  """
+  mesh = mesh_in_force()
+  axes = () if mesh is None else axes_that_divide("batch", len(arrays[0]), mesh)
+  if mesh is None or math.prod(mesh.shape[axis] for axis in axes) == 1:
+    return sums(project, *arrays)
+
+  def local(project: Project, *arrays: Array) -> Float[Array, "devices three"]:
+    return sums(project, *arrays)[None]
+
+  lie = PartitionSpec(axes)
+  # Unchecked: the projection's own derivative does not say over which axes it varies.
+  parts = jax.shard_map(
+    local,
+    in_specs=(PartitionSpec(), *[lie] * len(arrays)),
+    out_specs=lie,
+    axis_names=set(axes),
+    check_vma=False,
+  )(project, *arrays)
+  return parts.sum(axis=0)
+
+
 def _sum_chunks(
-  sums: Callable[..., Float[Array, " three"]], arrays: tuple[Array, Array, Array], chunk: int
+  sums: Callable[..., Float[Array, " three"]], arrays: tuple[Array, ...], chunk: int
 ) -> Float[Array, " three"]:
   """`sums(*arrays)`, of some positions of every row at a time, learned ones first."""
   hidden, targets, weights = arrays

@@ -77,7 +77,7 @@ def make_train_step(
     hidden = model(batch, dtype=dtype, policy=remat)
     return next_token_loss(
       hidden,
-      model.decoder.logits,
+      model.decoder.projection(),
       batch.targets,
       batch.loss_weights,
       total=total,
