@@ -6,7 +6,9 @@ blocks that a causal mask hides; elsewhere `jax.nn.dot_product_attention`.
 """
 
 import dataclasses
+from collections.abc import Callable
 
+import einops
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -120,19 +122,30 @@ def _splash(
   def by_head(x: Array) -> Float[Array, "B N T H"]:
     return jnp.pad(x, ((0, 0), (0, padded - T), (0, 0), (0, 0))).swapaxes(1, 2)
 
-  shape = (padded, padded)
+  scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+  arrays = [by_head(x) for x in (scaled, k, v)]
+  if causal:
+    one_row = _kernel(N, padded, causal, interpret)
+    out = jax.vmap(one_row)(*arrays, splash.SegmentIds(segments, segments))
+  else:
+    # All rows have the same mask, so their heads may be those of one row.
+    flat = [einops.rearrange(x, "B N T H -> (B N) T H") for x in arrays]
+    all_rows = _kernel(len(flat[0]), padded, causal, interpret)
+    out = all_rows(*flat, splash.SegmentIds(segments[0], segments[0]))
+    out = einops.rearrange(out, "(B N) T H -> B N T H", N=N)
+  return out.swapaxes(1, 2)[:, :T]
+
+
+def _kernel(heads: int, length: int, causal: bool, interpret: bool) -> Callable[..., Array]:
+  shape = (length, length)
   one = masks.CausalMask(shape) if causal else masks.FullMask(shape)
-  kernel = splash.make_splash_mha(
-    masks.MultiHeadMask([one] * N),
-    block_sizes=_blocks(padded),
+  return splash.make_splash_mha(
+    masks.MultiHeadMask([one] * heads),
+    block_sizes=_blocks(length),
     head_shards=1,
     q_seq_shards=1,
     interpret=interpret,
   )
-  scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-  ids = splash.SegmentIds(segments, segments)
-  out = jax.vmap(kernel)(by_head(scaled), by_head(k), by_head(v), ids)
-  return out.swapaxes(1, 2)[:, :T]
 
 
 def _blocks(length: int) -> splash.BlockSizes:
