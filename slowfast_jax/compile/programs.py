@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from slowfast_jax.checkpoints.trees import abstract_state
+from slowfast_jax.errors import UserError
 from slowfast_jax.generate import programs
 from slowfast_jax.generate.engine import ENCODED_FRAMES
 from slowfast_jax.generate.programs import Decoding, Visual
@@ -43,11 +44,13 @@ class Request:
     rows: prompts at a time; encoding takes one video.
     text: text tokens of a prompt.
     new_tokens: room for new tokens.
+    frames: of the video, and as many fast tokens as the config has; 0: the config's own.
   """
 
   rows: int = 1
   text: int = 128
   new_tokens: int = 256
+  frames: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +112,23 @@ def bytes_of(tree: Any) -> int:
   )
 
 
+def _longer(config: ml_collections.ConfigDict, frames: int) -> tuple[SlowFastConfig, int]:
+  """The model and its frames, of which it keeps a share that leaves as many fast tokens."""
+  model, trained = model_config(config.model), config.data.num_frames
+  if not frames:
+    return model, trained
+  if frames % trained:
+    raise UserError(f"--frames must be a multiple of data.num_frames = {trained}, got {frames}.")
+  stride = model.compressor.sampling_stride * (frames // trained)
+  compressor = dataclasses.replace(model.compressor, sampling_stride=stride)
+  return dataclasses.replace(model, compressor=compressor), frames
+
+
 class _Generation:
   """Abstract arguments of the engine's programs."""
 
   def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh, request: Request):
-    self.model: SlowFastConfig = model_config(config.model)
-    self.frames = config.data.num_frames
+    self.model, self.frames = _longer(config, request.frames)
     self.mesh, self.request = mesh, request
     self.dtype = jnp.dtype(config.train.dtype)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]

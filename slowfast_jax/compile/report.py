@@ -11,11 +11,11 @@ from slowfast_jax.compile.topology import DCN, GIB, Topology
 _KERNEL_SHARE = {"slow_cross_attention": (0.9, 0.5), "splash": (0.7, 0.3)}
 
 TRUST = (
-  "This is the compiler's estimate, not a measured time: the cycles of every instruction, kernels at "
-  "the pace of their inner loops, and links at their published speed; nothing waits for memory or "
-  "for the host. The lower MFU has every exchange that the schedule does not overlap in full. Plain "
-  "text models of known speed come out about a tenth too slow by this count, so trust it to a fifth, "
-  "and trust comparisons of two configs more."
+  "This is the compiler's estimate, not a measured time: the cycles of every instruction, kernels "
+  "at the pace of their inner loops, and links at their published speed; nothing waits for memory "
+  "or for the host. The lower MFU has every exchange that the schedule does not overlap in full. "
+  "Plain text models of known speed come out about a tenth too slow by this count, so trust it to "
+  "a fifth, and comparisons of two configs more."
 )
 
 

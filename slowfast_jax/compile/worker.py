@@ -68,7 +68,7 @@ def _run(request: dict[str, Any], folder: str) -> dict[str, Any]:
   generation = Request(**request["generation"])
   for program in programs_of(config, list(described.devices), request["what"], generation):
     _say(f"compiling {program.name}")
-    with _emptied(f"{folder}/dump"):
+    with emptied(f"{folder}/dump"):
       found.append(_compile(program, f"{folder}/dump"))
     if over := found[-1].get("over"):
       missing = over["used"] - over["limit"]
@@ -105,7 +105,7 @@ def _compile(program: Program, dump: str) -> dict[str, Any]:
     "temporaries": sizes.temp_size_in_bytes,
     "code": sizes.generated_code_size_in_bytes,
   }
-  cost = cost_of(parse(_text(dump)), facts["mesh"])
+  cost = cost_of(parse(dumped_text(dump)), facts["mesh"])
   facts["cost"] = {
     "flops": cost.flops,
     "cycles": cost.cycles,
@@ -118,14 +118,15 @@ def _compile(program: Program, dump: str) -> dict[str, Any]:
   return facts
 
 
-def _text(dump: str) -> str:
+def dumped_text(dump: str) -> str:
   """The program after all passes: `Compiled.as_text` fails on some of a pod's instructions."""
   files = glob.glob(f"{dump}/*after_codegen.txt")
   return Path(max(files, key=os.path.getsize)).read_text()
 
 
 @contextlib.contextmanager
-def _emptied(folder: str) -> Iterator[None]:
+def emptied(folder: str) -> Iterator[None]:
+  """What is written into a folder meanwhile is gone afterwards: dumps are large."""
   try:
     yield
   finally:
