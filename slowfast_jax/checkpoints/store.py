@@ -12,7 +12,7 @@ import os
 import tempfile
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -76,18 +76,48 @@ class Restored:
   run: dict[str, Any]
 
 
+class _NewestAndBest:
+  """Orbax asks it which checkpoints stay."""
+
+  def __init__(self, keep: int, scores: Mapping[int, float]):
+    self._keep, self._scores = keep, scores
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    kept = {*sorted(steps)[-self._keep :], best_of(self._scores, steps)}
+    return [step in kept for step in steps]
+
+
+def best_of(scores: Mapping[int, float], steps: Iterable[int]) -> int | None:
+  """The step with the highest score, the latest of several; None: none has one."""
+  rated = [step for step in steps if step in scores]
+  return max(rated, key=lambda step: (scores[step], step), default=None)
+
+
 class Checkpoints:
-  """The newest training states of a run: DIR/STEP/, written in the background.
+  """The newest training states of a run, and its best: DIR/STEP/, written in the background.
 
   A folder appears under its name only when it is complete, so a killed run leaves none that is
   torn. One that was torn later (by a copy that broke off) is moved aside with a warning.
   """
 
-  def __init__(self, folder: str | os.PathLike, keep: int):
+  def __init__(
+    self, folder: str | os.PathLike, keep: int, scores: Mapping[int, float] | None = None
+  ):
+    """
+    Args:
+      folder: of the checkpoints.
+      keep: so many of the newest stay.
+      scores: of steps; the checkpoint with the highest stays too. May grow while the run goes on.
+    """
     if keep < 1:
       raise UserError(f"train.keep must be at least 1, got {keep}.")
     self._folder = epath.Path(folder).absolute()
-    self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    self._options = ocp.CheckpointManagerOptions(
+      preservation_policy=_NewestAndBest(keep, {} if scores is None else scores),
+      cleanup_tmp_directories=True,
+    )
     self._manager = ocp.CheckpointManager(self._folder, options=self._options)
 
   def save(self, step: int, state: Any, run: Mapping[str, Any]) -> None:
@@ -106,17 +136,23 @@ class Checkpoints:
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
-  def restore(self, abstract: Any, check: Callable[[dict[str, Any]], None]) -> Restored | None:
+  def all_steps(self) -> list[int]:
+    return sorted(self._manager.all_steps())
+
+  def restore(
+    self, abstract: Any, check: Callable[[dict[str, Any]], None], only: int | None = None
+  ) -> Restored | None:
     """The newest state that can be read, or None if there is none.
 
     Args:
       abstract: shapes, dtypes and shardings, see `abstract_state`.
       check: is given `run` before anything large is read; raises what should stop the restoring.
+      only: the step of the one that is read; None: the newest that can be.
 
     Raises:
       UserError: the newest state is whole, but that of another model.
     """
-    for step in sorted(self._manager.all_steps(), reverse=True):
+    for step in reversed(self.all_steps() if only is None else [only]):
       try:
         run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))[
           "run"

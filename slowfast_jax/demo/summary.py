@@ -2,6 +2,7 @@
 """From the outcome of a demo's stages to the numbers and pictures of its report."""
 
 import json
+import math
 import os
 import platform
 from collections import Counter
@@ -44,7 +45,12 @@ def model_result(
 
 def loss_curve(folder: Path) -> list[tuple[int, float]]:
   lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-  return [(line["step"], float(line["loss"])) for line in map(json.loads, lines)]
+  return [(line["step"], _number(line["loss"])) for line in map(json.loads, lines)]
+
+
+def _number(loss: float | None) -> float:
+  """A step whose loss is not finite has null in the file, as JSON has no such numbers."""
+  return math.nan if loss is None else float(loss)
 
 
 def pooling_of(export: Export) -> Float[np.ndarray, "Q F"]:

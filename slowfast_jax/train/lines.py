@@ -8,6 +8,9 @@ from typing import Any
 import jax
 from etils import epath
 
+# Marks a line of metrics.jsonl that has the results of an evaluation, not of a step.
+EVALUATED = "evaluated"
+
 
 class LineFile:
   """Appends lines; process 0 writes, all others do nothing.

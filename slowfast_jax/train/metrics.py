@@ -86,6 +86,7 @@ class Recorder:
     self._telemetry, self._show, self._blame = telemetry, show, blame
     self._pending: _Pending | None = None
     self.counts = counts
+    self.latest: dict[str, Any] = {}  # Metrics of the newest step that was read.
 
   def add(
     self, step: int, metrics: dict[str, jax.Array], failed_samples: int, flops: float
@@ -113,6 +114,7 @@ class Recorder:
     read = jax.device_get(pending.metrics)
     values = {name: read[name].tolist() for name in ("loss", "token_accuracy", *read)}
     self._count(pending, values)
+    self.latest = values
     self._telemetry.count(values, pending.flops)
     if pending.step % self._log_every == 0:
       counts = {name: n for name, n in dataclasses.asdict(self.counts).items() if "row" not in name}

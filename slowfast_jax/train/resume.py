@@ -16,7 +16,8 @@ from slowfast_jax.train.step import TrainState
 # Fields that a resumed run may change. Of the data, what they are counts, not where they lie.
 MAY_CHANGE = (
   "train.steps", "train.log_every", "train.checkpoint_every", "train.keep", "train.remat",
-  "train.max_skipped", "train.trackers", "train.profile", "train.hang_seconds", "eval.", "mesh.",
+  "train.max_skipped", "train.keep_best", "train.trackers", "train.profile",
+  "train.hang_seconds", "eval.", "mesh.",
   "data.records", "data.mixture", "data.tokenizer", "data.read_threads", "data.workers",
   "data.max_failure_rate",
 )  # fmt: skip
@@ -48,8 +49,10 @@ class Begin:
   counts: Counts
 
 
-def restore_or_init(setup: Setup, checkpoints: Checkpoints, say: Say) -> Begin:
-  """The newest state of the workdir, or that of step 0.
+def restore_or_init(
+  setup: Setup, checkpoints: Checkpoints, say: Say, only: int | None = None
+) -> Begin:
+  """The newest state of the workdir, or that of step 0; or the state of the step `only`.
 
   Raises:
     UserError: the workdir has the checkpoints of another run.
@@ -61,7 +64,7 @@ def restore_or_init(setup: Setup, checkpoints: Checkpoints, say: Say) -> Begin:
     f"epoch; {setup.mesh.size} {jax.devices()[0].device_kind}{axes and f' ({axes})'}"
   )
   now = run_facts(setup, Counts())
-  restored = checkpoints.restore(abstract, lambda run: check_unchanged(run, now))
+  restored = checkpoints.restore(abstract, lambda run: check_unchanged(run, now), only)
   if restored is None:
     return Begin(0, initial_state(setup), Counts())
   say(f"resumed after step {restored.step}")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run that is killed, or asked to stop, ends as one that never was; and a run learns."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from slowfast_jax.checkpoints.store import flatten, load_export
+from slowfast_jax.checkpoints.store import Checkpoints, flatten, load_export
 from slowfast_jax.errors import UserError
 from slowfast_jax.sharding import make_mesh
 from slowfast_jax.train import resume
@@ -153,7 +154,7 @@ def copy_of(finished, tmp_path):
 def test_what_a_run_leaves_and_tells(finished):
   workdir, shown, said = finished
   assert sorted(p.name for p in workdir.iterdir()) == [
-    "checkpoints", "export", "metrics.jsonl", "telemetry.jsonl",
+    "checkpoints", "export", "hosts", "metrics.jsonl", "report.html", "telemetry.jsonl",
   ]  # fmt: skip
   assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["3"]
   assert [(done, total) for done, total, _ in shown] == [(0, 3), (1, 3), (2, 3), (3, 3)]
@@ -296,6 +297,40 @@ def test_a_mesh_changes_nothing(first_state, on_one_device, sizes):
   for name, expected in on_one_device[1].items():
     scale = 1e-5 * np.abs(expected).max() + 1e-8
     np.testing.assert_allclose(gradients[name], expected, rtol=1e-5, atol=scale, err_msg=name)
+
+
+def test_a_checkpoint_goes_on_with_the_same_loss_on_any_mesh(first_state, tmp_path):
+  setup, state = first_state
+  batch, losses = next(setup.pipeline.iterate()), []
+  state = dataclasses.replace(state, step=np.int32(2))  # The learning rate of step 0 is 0.
+  for sizes in ({"fsdp": 8}, {"tensor": 2}, {"data": 2, "fsdp": 2}):
+    mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+    setup = dataclasses.replace(setup, mesh=mesh)
+    abstract = setup.abstract_state()
+    with contextlib.closing(Checkpoints(tmp_path, keep=9)) as checkpoints:
+      restored = checkpoints.restore(abstract, lambda run: None)
+      now = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
+      now = restored.state if restored else now
+      placed = place_batch(batch, mesh)
+      compiled = compile_step(setup, now, placed, lambda _: None)
+      now, _ = compiled(now, placed)
+      checkpoints.save(len(losses) + 1, now, {})
+      checkpoints.wait()
+      # The next step, by whom saved; and below by whom restores, on another mesh.
+      losses.append((len(losses) + 1, float(compiled(now, placed)[1]["loss"])))
+    if restored:
+      assert restored.step == losses[-2][0]
+  again = []
+  for step, _ in losses:
+    mesh = make_mesh({"fsdp": 8}, jax.devices())
+    setup = dataclasses.replace(setup, mesh=mesh)
+    with contextlib.closing(Checkpoints(tmp_path, keep=9)) as checkpoints:
+      now = checkpoints.restore(setup.abstract_state(), lambda run: None, step).state
+    placed = place_batch(batch, mesh)
+    compiled = compile_step(setup, now, placed, lambda _: None)
+    again.append((step, float(compiled(now, placed)[1]["loss"])))
+  # Another mesh sums in another order.
+  np.testing.assert_allclose(again, losses, rtol=1e-5)
 
 
 def test_one_batch_is_learned_by_heart(on_one_device):
