@@ -10,15 +10,17 @@ from slowfast_jax.compile.hlo import parse
 
 MESH = {"data": 2, "fsdp": 4}
 
-PROGRAM = """HloModule jit_step, is_scheduled=true
+PROGRAM = """\
+HloModule jit_step, is_scheduled=true
 
 %body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
   %p = (s32[], bf16[8,16]{1,0}) parameter(0)
   %x = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%p), index=1
   %w = bf16[16,16]{1,0} constant({...})
-  %gathered = bf16[64,16]{1,0} all-gather(%w), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
-  %dot.1 = bf16[8,16]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}, backend_config={"estimated_cycles":"100"}
-  %splash.7 = bf16[8,16]{1,0} custom-call(%dot.1), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  %gathered = bf16[64,16]{1,0} all-gather(%w), channel_id=1, replica_groups=[2,4]<=[8]
+  %dot.1 = bf16[8,16]{1,0} dot(%x, %w), lhs_contracting_dims={1}, metadata={
+}, backend_config={"estimated_cycles":"100"}
+  %splash.7 = bf16[8,16]{1,0} custom-call(%dot.1), custom_call_target="tpu_custom_call", x={y={
 "x":"{}"
 }}, backend_config={"custom_call_config":{"cost_estimate":{"flops":"5000","transcendentals":"0"}}}
   ROOT %t = (s32[], bf16[8,16]{1,0}) tuple(%p, %splash.7)
