@@ -42,23 +42,26 @@ class Kind:
 
 
 def _is_records(path: pathlib.Path) -> bool:
+  from slowfast_jax.data.tfds import split_path
+
+  path = pathlib.Path(split_path(path)[0])
   return any((path / name).exists() for name in ("index.npy", "dataset_info.json", ".prepare"))
 
 
 def _describe_records(path: pathlib.Path) -> str:
   from slowfast_jax.data.inspect import folder_facts, format_facts
-  from slowfast_jax.data.records import RecordSource
+  from slowfast_jax.data.tfds import open_records
 
-  return format_facts(folder_facts(RecordSource(path)))
+  return format_facts(folder_facts(open_records(path)))
 
 
 def _records_sheet(path: pathlib.Path, args: argparse.Namespace) -> str:
-  from slowfast_jax.data.records import RecordSource
   from slowfast_jax.data.sheet import Chat, contact_sheet
+  from slowfast_jax.data.tfds import open_records
   from slowfast_jax.data.tokenizer import Tokenizer
 
   chat = Chat(Tokenizer.from_dir(args.tokenizer), args.targets) if args.tokenizer else None
-  return contact_sheet(RecordSource(path), chat=chat)
+  return contact_sheet(open_records(path), chat=chat)
 
 
 def _is_checkpoint(path: pathlib.Path) -> bool:

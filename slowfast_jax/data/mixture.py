@@ -18,6 +18,7 @@ import grain
 import numpy as np
 
 from slowfast_jax.data.records import RecordSource
+from slowfast_jax.data.tfds import open_records
 from slowfast_jax.errors import UserError
 
 # Shares are exact to one in so many; each has at least that.
@@ -105,7 +106,7 @@ def _parse(file: pathlib.Path, number: int, fields: object) -> MixtureSource:
 def open_mixture(path: str | os.PathLike) -> tuple[list[RecordSource], list[float]]:
   """The sources of a mixture file and their weights, which for sources without are their sizes."""
   listed = read_mixture(path)
-  sources = [RecordSource(source.path) for source in listed]
+  sources = [open_records(source.path) for source in listed]
   weights = [
     float(len(source.index)) if entry.weight is None else float(entry.weight)
     for source, entry in zip(sources, listed)

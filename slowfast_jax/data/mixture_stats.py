@@ -10,6 +10,7 @@ from slowfast_jax.data.mixture import read_mixture
 from slowfast_jax.data.needs import count_lengths
 from slowfast_jax.data.records import RecordSource
 from slowfast_jax.data.stats import words
+from slowfast_jax.data.tfds import open_records
 from slowfast_jax.data.tokenizer import Tokenizer
 
 
@@ -53,7 +54,7 @@ def measure_mixture(
     UserError: the file or a source of it cannot be read.
   """
   listed = read_mixture(path)
-  sources = [RecordSource(entry.path) for entry in listed]
+  sources = [open_records(entry.path) for entry in listed]
   sizes = [len(source.index) for source in sources]
   weights = [size if entry.weight is None else entry.weight for entry, size in zip(listed, sizes)]
   total = sum(sizes) if samples is None else samples

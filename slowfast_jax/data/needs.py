@@ -132,6 +132,7 @@ def _cache_file(source: TextSource, tokenizer: Tokenizer, system: str) -> pathli
     return None
   index = np.ascontiguousarray(source.index).tobytes()
   digest = hashlib.sha256()
-  for part in (tokenizer.fingerprint().encode(), system.encode(), index):
+  split = str(getattr(source, "split", ""))
+  for part in (tokenizer.fingerprint().encode(), system.encode(), split.encode(), index):
     digest.update(hashlib.sha256(part).digest())
   return pathlib.Path(folder) / f"lengths-{digest.hexdigest()[:16]}.npy"

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -173,7 +173,7 @@ def encode_record(record: Record) -> bytes:
   return example.SerializeToString(deterministic=True)
 
 
-def parse_record(data: bytes) -> Record:
+def parse_record(data: bytes, parse_metadata: Callable[[str], dict] = json.loads) -> Record:
   """The inverse of `encode_record`."""
   fields = _proto().Example.FromString(data).features.feature
 
@@ -198,7 +198,7 @@ def parse_record(data: bytes) -> Record:
     height=integer("height"),
     width=integer("width"),
     conversations=[json.loads(turns) for turns in fields["conversations"].bytes_list.value],
-    metadata=json.loads(text("metadata")),
+    metadata=parse_metadata(text("metadata")),
   )
 
 
@@ -255,7 +255,7 @@ def write_dataset_info(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shard:
+class ShardSlice:
   """A whole file, in the form that lets ArrayRecordDataSource open it only when it is read."""
 
   filename: str
@@ -272,12 +272,14 @@ class RecordSource:
 
   Attributes:
     path: the folder.
+    split: of the data set.
     index: (record, conversation) pairs, one for each conversation.
     shards: file and number of records of each shard.
     num_bytes: of all records.
   """
 
   path: str
+  split: str = SPLIT
   index: Int32[np.ndarray, "n 2"]
 
   def __init__(self, path: str | os.PathLike):
@@ -293,7 +295,7 @@ class RecordSource:
       )
     self.shards = [(os.fspath(folder / name), n) for name, n in zip(names, lengths)]
     self._records = array_record_data_source.ArrayRecordDataSource(
-      [_Shard(*shard) for shard in self.shards]
+      [ShardSlice(*shard) for shard in self.shards]
     )
     self.index = self._read_index(folder / INDEX_FILE)
 
@@ -304,7 +306,9 @@ class RecordSource:
     if not 0 <= i < len(self):
       raise IndexError(f"record {i} of {len(self)} in {self.path}")
     try:
-      return parse_record(self._records[i])
+      return self._parse(self._records[i])
+    except RecordsError:
+      raise
     # A file that is cut off gives empty records without any complaint: parsing finds them out.
     except (RuntimeError, IndexError, ValueError, DecodeError) as error:
       raise self._unreadable(i, error) from error
@@ -318,7 +322,13 @@ class RecordSource:
     if file.exists():
       yield from self._read_texts(file)
       return
-    for i in range(len(self)):  # Records that others wrote have no such file.
+    yield from self._texts_of_records()
+
+  def _parse(self, data: bytes) -> Record:
+    return parse_record(data)
+
+  def _texts_of_records(self) -> Iterator[RecordText | None]:
+    for i in range(len(self)):
       try:
         yield text_of(self[i])
       except RecordsError:

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from slowfast_jax.data.annotations import Annotation, read_annotations
 from slowfast_jax.data.chat import SYSTEM_PROMPT, encode_chat
 from slowfast_jax.data.inspect import histogram
-from slowfast_jax.data.records import RecordSource, RecordText
+from slowfast_jax.data.records import RecordText
+from slowfast_jax.data.tfds import open_records
 from slowfast_jax.data.tokenizer import Tokenizer
 from slowfast_jax.errors import UserError
 
@@ -65,7 +66,7 @@ def gather(path: str | os.PathLike, tokenizer: Tokenizer | None = None) -> Stats
   if pathlib.Path(path).is_file():
     texts: Iterable[RecordText | None] = map(_text_of, read_annotations(path))
   else:
-    texts = RecordSource(path).texts()
+    texts = open_records(path).texts()
   values: dict[str, list[float]] = {name: [] for name in ("frames", "duration", "turns", "tokens")}
   conversations: list[float] = []
   for text in texts:

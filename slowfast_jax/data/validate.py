@@ -15,6 +15,7 @@ from slowfast_jax.data.annotations import Annotation, AnnotationError, scan_anno
 from slowfast_jax.data.chat import SYSTEM_PROMPT, check_turns, encode_chat
 from slowfast_jax.data.media import Media, Medium, Paths
 from slowfast_jax.data.records import Record, RecordSource, decode_frames
+from slowfast_jax.data.tfds import open_records
 from slowfast_jax.data.tokenizer import Tokenizer
 from slowfast_jax.data.video import read_frames
 from slowfast_jax.data.workers import Failure, Workers
@@ -142,7 +143,7 @@ def validate_records(
   Raises:
     UserError: it is no records folder.
   """
-  source = RecordSource(path)
+  source = open_records(path)
   problems: list[Problem] = []
   for i in range(len(source)):
     problems += _record_problems(source, i, limit)

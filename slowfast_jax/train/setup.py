@@ -24,6 +24,7 @@ from slowfast_jax.checkpoints.trees import flatten, unflatten
 from slowfast_jax.data.mixture import open_mixture
 from slowfast_jax.data.pipeline import TrainPipeline
 from slowfast_jax.data.records import RecordSource
+from slowfast_jax.data.tfds import open_records
 from slowfast_jax.data.tokenizer import Tokenizer
 from slowfast_jax.errors import UserError
 from slowfast_jax.models.hybrid import adapters_from_decoder
@@ -221,7 +222,7 @@ def _open_records(data: Mapping[str, Any]) -> tuple[list[RecordSource], list[flo
   if mixture:
     return open_mixture(mixture)
   folders = _required(data["records"], "data.records", "a folder of records")
-  return [RecordSource(folder) for folder in folders.split(",")], None
+  return [open_records(folder) for folder in folders.split(",")], None
 
 
 def _required(value: str, field: str, what: str) -> str:
