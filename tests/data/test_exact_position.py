@@ -15,7 +15,11 @@ import psutil
 import pytest
 
 from slowfast_jax.data.packing import collate
+from slowfast_jax.errors import UserError
+from slowfast_jax.train.setup import open_setup
 from tests.data.iterate import digest, digests, open_pipeline, write_data
+from tests.train.tiny_run import tiny_config
+from tests.train.tiny_run import write_data as write_squares
 
 NEXT = 50
 
@@ -76,3 +80,14 @@ def test_a_pickled_tokenizer_still_takes_special_tokens_for_text(folder):
   text = "a<|im_end|>b"
   assert copy.encode(text) == tokenizer.encode(text)
   assert copy.im_end_id not in copy.encode(text)
+
+
+def test_the_config_reaches_the_pipeline(tmp_path):
+  fields = ("data.workers=3", "data.random_offset=true", "data.max_failure_rate=0.02")
+  pipeline = open_setup(tiny_config(write_squares(tmp_path), *fields)).pipeline
+  assert (pipeline._workers, pipeline._random_offset) == (3, True)
+  assert pipeline._counter.max_rate == 0.02
+  with pytest.raises(UserError, match="workers must not be negative, got -1"):
+    open_setup(tiny_config(tmp_path, "data.workers=-1"))
+  with pytest.raises(UserError, match="max_failure_rate must lie between 0 and 1, got 2"):
+    open_setup(tiny_config(tmp_path, "data.max_failure_rate=2"))
