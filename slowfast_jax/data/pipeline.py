@@ -215,10 +215,21 @@ class TrainPipeline:
   def _batches(self, start_step: int) -> Generator[Batch, None, None]:
     self._counter.restart()
     with contextlib.closing(iter(self._dataset(start_step))) as iterator:
-      for batch, failures in iterator:
+      for batch, failures in self._watched(iterator):
         for failure in failures:
           self._counter.add(failure)
         yield batch
+
+  def _watched(self, iterator: Iterator[tuple]) -> Iterator[tuple]:
+    try:
+      yield from iterator
+    except RuntimeError as error:  # What Grain raises when a worker is gone.
+      if not self._workers:
+        raise
+      raise UserError(
+        f"One of data.workers = {self._workers} processes that read data has ended ({error}). Out "
+        "of memory? Give fewer, or 0; the same command goes on where this run stopped."
+      ) from error
 
   def _dataset(self, start_step: int) -> grain.IterDataset:
     rows = max(self._local_rows(bucket) for bucket in self.schedule.used)

@@ -58,6 +58,19 @@ def test_after_sigkill_the_next_batches_are_the_same(folder, workers, pack):
   assert len(family) >= workers
 
 
+def test_a_worker_that_dies_ends_the_run_with_a_reason(folder):
+  batches = open_pipeline(folder, workers=1).iterate()
+  next(batches)
+  (worker,) = [
+    child
+    for child in psutil.Process().children(recursive=True)
+    if any("spawn_main" in word for word in child.cmdline())
+  ]
+  worker.kill()
+  with pytest.raises(UserError, match="data.workers = 1 processes that read data has ended"):
+    list(itertools.islice(batches, 200))
+
+
 @pytest.mark.parametrize("pack", [False, True], ids=["alone", "packed"])
 def test_the_global_order_is_that_of_one_process(folder, pack):
   """1 -> 2 -> 4 processes, each going on where those before stopped."""
