@@ -232,12 +232,6 @@ class SlowFast(nnx.Module):
     mask = cache_mask(positions, cache.k.shape[2])
     return self.decoder(x, positions, mask, cache=cache, readers=self.readers(kv, query))
 
-  def empty_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> KVCache:
-    """A cache of zeros for `length` positions."""
-    cfg = self.cfg.decoder
-    shape = (cfg.num_layers, batch_size, length, cfg.num_kv_heads, cfg.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
 
 def map_in_chunks(
   function: Callable[[Array], Array], xs: Array, chunk: int | None
