@@ -3,10 +3,11 @@
 
 import asyncio
 import dataclasses
+import functools
 import time
 from collections.abc import AsyncIterator, Sequence
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
@@ -19,7 +20,7 @@ from starlette.routing import Mount, Route
 
 from slowfast_jax.serve.answers import Answer, make_ask, or_gone
 from slowfast_jax.serve.body import ChatBody, parse_chat
-from slowfast_jax.serve.errors import ApiError, bad_request
+from slowfast_jax.serve.errors import ApiError, bad_request, overloaded
 from slowfast_jax.serve.guard import (
   Bodies,
   Guard,
@@ -37,6 +38,9 @@ from slowfast_jax.serve.uploads import Uploads
 from slowfast_jax.serve.wire import Completion, error_event
 
 _PATHS = ("/v1/chat/completions", "/v1/files", "/v1/models", "/healthz", "/metrics")
+
+# Requests whose media are read at once; the others wait without a thread.
+_READERS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +97,8 @@ class _Api:
   def __init__(self, service: Service):
     self._service = service
     self._bodies = Bodies(service.limits)
+    # Of their own: slow files must not take the threads that everything else needs.
+    self._readers = CapacityLimiter(_READERS)
     scheduler, metrics = service.scheduler, service.metrics
     metrics.watch("queue_length", "Requests that wait for a slot.", lambda: scheduler.waiting)
     metrics.watch("slots_in_use", "Requests that are being answered.", lambda: scheduler.running)
@@ -121,8 +127,13 @@ class _Api:
 
   async def _read(self, body: ChatBody) -> Ask:
     service = self._service
-    with service.metrics.decode.time():
-      return await to_thread.run_sync(make_ask, body, service.reader, service.limits)
+    read = functools.partial(make_ask, body, service.reader, service.limits)
+    try:
+      with service.metrics.decode.time():
+        async with asyncio.timeout(service.limits.request_seconds):
+          return await to_thread.run_sync(read, limiter=self._readers, abandon_on_cancel=True)
+    except TimeoutError:
+      raise overloaded("Too many images and videos are being read.") from None
 
   async def _whole(self, answer: Answer, request: Request) -> Response:
     async def collect() -> list[Piece]:

@@ -295,14 +295,12 @@ class Scheduler:
     if not self._running:
       return
     try:
-      progress = self._slots.step()
+      for part in self._slots.step():
+        self._advance(part)
     except Exception as error:
       for slot, ticket in list(self._running.items()):
         self._release(slot)
         self._fail(ticket, self._explained(error))
-      return
-    for part in progress:
-      self._advance(part)
 
   def _advance(self, part: Progress) -> None:
     ticket = self._running[part.slot]
