@@ -54,6 +54,7 @@ def self_attention(
   mask: Causal | Bool[Array, "B 1 T L"] | None = None,
   *,
   rows: str = "batch",
+  valid: int | None = None,
 ) -> Float[Array, "B T N H"]:
   """Attention with grouped heads, logits scaled by 1 / sqrt(H).
 
@@ -61,14 +62,22 @@ def self_attention(
     q, k, v: queries, keys and values.
     mask: which key each query sees; None: all. An array is taken where keys are a cache.
     rows: the logical name of the first axis.
+    valid: without a mask, keys that count: the first so many; None: all.
 
   Returns:
     In q's shape and dtype. What a query that sees no key gets means nothing.
   """
   if isinstance(mask, jax.Array) or target_platform() != "tpu":
     dense = mask.dense() if isinstance(mask, Causal) else mask
+    if mask is None and valid is not None:
+      dense = (jnp.arange(k.shape[1]) < valid)[None, None, None]
     return jax.nn.dot_product_attention(q, k, v, mask=dense)
-  return attention_on_tpu(q, k, v, mask, rows=rows)
+  return attention_on_tpu(q, k, v, mask, rows=rows, valid=valid)
+
+
+def padded_length(length: int) -> int:
+  """Positions to which a sequence is best padded once, so that no attention has to: TPU's lanes."""
+  return round_up(length, LANES) if target_platform() == "tpu" else length
 
 
 def attention_on_tpu(
@@ -78,16 +87,21 @@ def attention_on_tpu(
   mask: Causal | None,
   *,
   rows: str = "batch",
+  valid: int | None = None,
   interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
   """Splash attention, on each device for its rows and heads.
 
   Args:
-    q, k, v, mask, rows: as in `self_attention`.
+    q, k, v, mask, rows, valid: as in `self_attention`.
     interpret: run Pallas's interpreter; for tests.
   """
   causal = mask is not None
-  segments = jnp.ones(q.shape[:2], jnp.int32) if mask is None else mask.segments
+  if mask is None:
+    seen = jnp.arange(q.shape[1]) < (q.shape[1] if valid is None else valid)
+    segments = jnp.broadcast_to(seen.astype(jnp.int32), q.shape[:2])
+  else:
+    segments = mask.segments
 
   def attend(q: Array, k: Array, v: Array, segments: Array) -> Array:
     return _splash(q, k, v, segments, causal, interpret)
@@ -141,15 +155,22 @@ def _kernel(heads: int, length: int, causal: bool, interpret: bool) -> Callable[
   one = masks.CausalMask(shape) if causal else masks.FullMask(shape)
   return splash.make_splash_mha(
     masks.MultiHeadMask([one] * heads),
-    block_sizes=_blocks(length),
+    block_sizes=_blocks(length, by_position=not causal),
     head_shards=1,
     q_seq_shards=1,
     interpret=interpret,
   )
 
 
-def _blocks(length: int) -> splash.BlockSizes:
-  """The largest blocks that divide the length."""
+def _blocks(length: int, by_position: bool) -> splash.BlockSizes:
+  """The largest blocks that divide the length.
+
+  Args:
+    length: positions.
+    by_position: they are the innermost axis. An encoder's heads of 72 fill no 128 lanes, and its
+      projections write this layout as readily.
+  """
+  layout = splash.QKVLayout.SEQ_MINOR if by_position else splash.QKVLayout.HEAD_DIM_MINOR
   parts = length // LANES
   most = LARGEST_BLOCK // LANES
   block = LANES * max(n for n in range(1, most + 1) if parts % n == 0)
@@ -159,4 +180,7 @@ def _blocks(length: int) -> splash.BlockSizes:
     block_q_dkv=block,
     block_kv_dkv=block,
     use_fused_bwd_kernel=True,
+    q_layout=layout,
+    k_layout=layout,
+    v_layout=layout,
   )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from slowfast_jax.kernels.self_attention import self_attention
+from slowfast_jax.kernels.self_attention import padded_length, self_attention
 from slowfast_jax.models.layers import (
   LayerNorm,
   Projection,
@@ -113,11 +113,15 @@ class ViTBlock(nnx.Module):
       "...M,ME->...E", (M, E), ("mlp", "embed"), bias=True, gain=gain, rngs=rngs
     )
 
-  def __call__(self, x: Float[Array, "B P E"]) -> Float[Array, "B P E"]:
+  def __call__(self, x: Float[Array, "B P E"], valid: int) -> Float[Array, "B P E"]:
+    """Of `valid` tokens, and padding behind them that no token sees."""
     y = self.norm1(x)
     q, k, v = keep(self.q(y), "queries"), keep(self.k(y), "keys"), keep(self.v(y), "values")
-    x = x + self.out(keep(self_attention(q, k, v, rows="frames"), "attention"))
-    return x + self.fc2(self._gelu(self.fc1(self.norm2(x))))
+    o = self_attention(q, k, v, rows="frames", valid=valid)
+    x = x + self.out(keep(o, "attention"))
+    # Written down: fused into fc2, the activation would be computed again for each of its tiles.
+    hidden = jax.lax.optimization_barrier(self._gelu(self.fc1(self.norm2(x))))
+    return x + self.fc2(hidden)
 
   def _gelu(self, x):
     if self.family == "siglip":
@@ -161,6 +165,9 @@ class ViT(nnx.Module):
     if self.pre_norm is not None:
       x = self.pre_norm(x)
     graphdef, states = unstack(self.blocks, 0, self.cfg.num_blocks)
-    block = remat(lambda x, state: (nnx.merge(graphdef, state)(x), None), policy)
+    valid = x.shape[1]
+    x = jnp.pad(x, ((0, 0), (0, padded_length(valid) - valid), (0, 0)))
+    block = remat(lambda x, state: (nnx.merge(graphdef, state)(x, valid), None), policy)
     x, _ = jax.lax.scan(block, x, states)
+    x = x[:, :valid]
     return x if self.class_token is None else x[:, 1:]

@@ -20,14 +20,16 @@ def arrays(heads, kv_heads, head_dim):
 
 
 @pytest.mark.parametrize(
-  ("mask", "sizes"),
-  [(Causal(SEGMENTS), (4, 2, 64)), (None, (2, 2, 72))],
+  ("mask", "sizes", "valid"),
+  [(Causal(SEGMENTS), (4, 2, 64), None), (None, (2, 2, 72), 170)],
   ids=["decoder", "encoder"],
 )
-def test_output_and_gradients_are_those_of_a_dense_mask(mask, sizes):
+def test_output_and_gradients_are_those_of_a_dense_mask(mask, sizes, valid):
   *inputs, weights = arrays(*sizes)
   if mask is not None:  # What padding gets means nothing.
     weights = weights * (SEGMENTS > 0)[:, :, None, None]
+  else:
+    weights = weights.at[:, valid:].set(0.0)
 
   def run(attend):
     def loss(q, k, v):
@@ -37,8 +39,8 @@ def test_output_and_gradients_are_those_of_a_dense_mask(mask, sizes):
     (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*inputs)
     return out, *gradients
 
-  kernel = run(lambda *x: attention_on_tpu(*x, mask, interpret=True))
-  for got, expected in zip(kernel, run(lambda *x: self_attention(*x, mask))):
+  kernel = run(lambda *x: attention_on_tpu(*x, mask, valid=valid, interpret=True))
+  for got, expected in zip(kernel, run(lambda *x: self_attention(*x, mask, valid=valid))):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
