@@ -134,7 +134,8 @@ def finish(runs: Runs, workdir: Path) -> float:
   running = runs.start(workdir)
   assert wait(running, 300), f"{workdir}: it hangs"
   codes = [process.returncode for process in running]
-  assert codes == [0] * runs.processes, f"{workdir}: exit codes {codes}, see the log beside it"
+  logs = [path.read_text()[-2000:] for path in workdir.parent.glob(f"{workdir.name}-*.log")]
+  assert codes == [0] * runs.processes, f"{workdir}: exit codes {codes}: {logs}"
   return time.monotonic() - began
 
 
