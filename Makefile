@@ -7,12 +7,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-beam lint format
+.PHONY: help demo test test-beam lint format test-lmms-eval
 
 help:
 	@echo "make demo    install into $(VENV), then make videos, train and evaluate in runs/demo"
 	@echo "make test    install into $(VENV), then run the tests"
 	@echo "make test-beam  test preparing with Apache Beam, in an environment of its own"
+	@echo "make test-lmms-eval  compare with lmms-eval, in an environment of its own (3 GB)"
 	@echo "make lint    formatting, lint and types"
 	@echo "make format  rewrite the files as lint wants them"
 
@@ -29,6 +30,18 @@ test-beam: $(VENV)-beam/.installed
 $(VENV)-beam/.installed: pyproject.toml
 	$(MAKE) --no-print-directory VENV=$(VENV)-beam $(VENV)-beam/bin/pip
 	$(VENV)-beam/bin/python -m pip install --quiet -e ".[dev,beam]"
+	@touch $@
+
+# It pins an older PyAV than this package needs, so it comes first. Its torchvision does not load
+# beside a PyTorch without CUDA, and nothing here needs it.
+test-lmms-eval: $(VENV)-lmms/.installed
+	$(VENV)-lmms/bin/python tests/eval/lmms_proof.py
+
+$(VENV)-lmms/.installed: pyproject.toml
+	$(MAKE) --no-print-directory VENV=$(VENV)-lmms $(VENV)-lmms/bin/pip
+	$(VENV)-lmms/bin/python -m pip install --quiet torch==2.13.0 torchvision==0.28.0 lmms-eval==0.7.3
+	$(VENV)-lmms/bin/python -m pip uninstall --quiet --yes torchvision
+	$(VENV)-lmms/bin/python -m pip install --quiet -e ".[eval]"
 	@touch $@
 
 lint: $(VENV)/.installed-dev
