@@ -246,6 +246,7 @@ class _Run:
           self._save(step, state, recorder)
         if asked:
           return state, PREEMPTED
+        watch.rest()
         self._evaluate(step, state)
     return state, DONE
 

@@ -3,6 +3,7 @@
 
 import json
 import sys
+import time
 import types
 
 import jax
@@ -16,12 +17,12 @@ from slowfast_jax.train.lines import EVALUATED, read_lines
 from slowfast_jax.train.report import write_report
 from slowfast_jax.train.telemetry import Telemetry
 from slowfast_jax.train.trackers import numbers_of, open_trackers
+from slowfast_jax.train.watch import Watch
 from tests.train.tiny_run import tiny_config, write_data
 
-# A step takes longer than the time after which it is taken to hang.
 FIELDS = (
   "train.steps=4", "eval.every=2", "train.keep_best=accuracy", "train.profile=(2,1)",
-  "train.hang_seconds=0.001", "train.trackers=tensorboard", "data.read_threads=0",
+  "train.trackers=tensorboard", "data.read_threads=0",
   "model.decoder.num_layers=2", "model.hybrid.max_depth=1",
 )  # fmt: skip
 
@@ -92,13 +93,28 @@ def test_any_checkpoint_can_be_exported_without_training(config, finished):
     loop.export(config, workdir, "3", said.append)
 
 
-def test_a_step_that_hangs_writes_down_where_it_is_and_a_profile_is_taken(finished):
+def test_a_run_leaves_a_profile_a_sign_of_life_and_events(finished):
   workdir, said = finished
-  assert "Thread" in (workdir / "hosts" / "0.stacks.txt").read_text()
   assert json.loads((workdir / "hosts" / "0.json").read_text())["doing"] == "left"
   assert list((workdir / "profile" / "step-2").rglob("*.xplane.pb"))
   assert any(line.startswith("profiled") for line in said)
   assert list((workdir / "tensorboard").iterdir())
+
+
+def test_a_step_that_hangs_writes_down_where_it_is_once(tmp_path):
+  said = []
+  with Watch(epath.Path(tmp_path), 0.02, (0, 0), lambda: None, said.append) as watch:
+    watch.rest()
+    time.sleep(0.2)
+    assert said == [], "what is no step may take its time"
+    watch.before(1)
+    while not said:
+      time.sleep(0.01)
+    time.sleep(0.2)
+  assert len(said) == 1
+  stacks = (tmp_path / "hosts" / "0.stacks.txt").read_text()
+  assert "Thread MainThread" in stacks
+  assert "test_telling.py" in stacks
 
 
 def test_the_report_is_one_file_with_every_curve(finished):
@@ -137,9 +153,7 @@ def test_telemetry_counts_lost_time_against_goodput(tmp_path):
 
 def test_trackers_that_are_not_there_are_named(tmp_path, monkeypatch, config):
   monkeypatch.setitem(sys.modules, "wandb", None)
-  with pytest.raises(
-    UserError, match=r"not installed; pip install 'slowfast-jax\[wandb\]"
-  ):
+  with pytest.raises(UserError, match=r"not installed; pip install 'slowfast-jax\[wandb\]"):
     open_trackers("wandb", epath.Path(tmp_path), 0, config)
   with pytest.raises(UserError, match="'mlflow' is none; choose from tensorboard, wandb"):
     open_trackers("mlflow", epath.Path(tmp_path), 0, config)
