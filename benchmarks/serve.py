@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     f"{args.clients} clients, {args.slots} slots": load.together,
   }
   for name, rate in rows.items():
-    print(f"{name:<24}{rate:8.1f} requests/s{load.together / rate:8.1f} times less than all")
+    print(f"{name:<24}{rate:8.1f} requests/s; all at once {load.together / rate:.2f} times that")
   print(f"{'answers that differ':<24}{load.wrong:8d} of {load.requests}")
   print(f"{'refused wrongly':<24}{len(wrong):8d} of {args.hostile}")
   print(f"{'memory after that':<24}{grown:+8.1f} MB")
