@@ -17,13 +17,14 @@ HELP = "run a benchmark of the checkout"
 EXAMPLES = """examples:
   slowfast bench data                                        records beside mp4: two minutes
   slowfast bench evaluate                                    videos encoded once: a minute
+  slowfast bench flops                                       from compiled programs: five minutes
   slowfast bench generate                                    beside PyTorch: three minutes
   slowfast bench kernel --static                             all chips and lengths: takes an hour
   slowfast bench kernel --static --chips=v5e --queries=512   a few minutes
   slowfast bench serve                                       64 clients, hostile requests
   slowfast bench train_cpu                                   beside PyTorch: a minute
 """
-NAMES = ("data", "evaluate", "generate", "kernel", "serve", "train_cpu")
+NAMES = ("data", "evaluate", "flops", "generate", "kernel", "serve", "train_cpu")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -30,6 +30,7 @@ from slowfast_jax.models.hybrid import SlowKV
 from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig, graphdef_of
 from slowfast_jax.sharding import make_mesh, sharding_of
 from slowfast_jax.train.flops import model_flops
+from slowfast_jax.train.optimizer import split_frozen
 from slowfast_jax.train.plan import Plan, make_plan, model_config
 from slowfast_jax.train.program import compile_step, step_flops
 
@@ -62,6 +63,7 @@ class Program:
     mesh: its devices.
     compile: compiles it.
     memory: bytes a device of what stays in memory beside the temporaries, by name.
+    inside: bytes a device of what is known to be among the temporaries, by name.
     model_flops: of one run, on all devices together.
     frames: video frames of one run.
     rows: rows of one run.
@@ -71,6 +73,7 @@ class Program:
   mesh: Mesh
   compile: Callable[[], jax.stages.Compiled]
   memory: dict[str, int]
+  inside: dict[str, float]
   model_flops: float
   frames: int
   rows: int
@@ -102,7 +105,26 @@ def train_program(plan: Plan) -> Program:
     "optimiser": bytes_of(state.opt_state),
     "batch": bytes_of(batch),
   }
-  return Program("step", plan.mesh, compile, memory, step_flops(plan, batch), rows * frames, rows)
+  learning, _ = split_frozen(state.params, plan.optimizer)
+  item = jnp.dtype(plan.config.train.dtype).itemsize
+  inside = {
+    "gradients": float(bytes_of(learning)),
+    "slow tokens, their keys and values": slow_bytes(plan.model, plan.mesh, rows, frames, item),
+  }
+  flops = step_flops(plan, batch)
+  return Program("step", plan.mesh, compile, memory, inside, flops, rows * frames, rows)
+
+
+def slow_bytes(model: SlowFastConfig, mesh: Mesh, rows: int, frames: int, item: int) -> float:
+  """Bytes a device of the slow tokens of rows and frames, and of what each hybrid layer makes."""
+  pooled = model.vision.side // (model.compressor.video_pooling_stride if frames > 1 else 1)
+  decoder = model.decoder
+  heads = decoder.num_kv_heads
+  spread = mesh.shape["tensor"] if heads % mesh.shape["tensor"] == 0 else 1
+  kept = len(model.hybrid_layers) * 2 * heads * decoder.head_dim / spread
+  shards = mesh.shape["data"] * mesh.shape["fsdp"] if rows > 1 else 1
+  tokens = rows * frames * pooled**2 / (shards * mesh.shape["context"])
+  return tokens * (decoder.width + kept) * item
 
 
 def bytes_of(tree: Any) -> int:
@@ -218,7 +240,9 @@ class _Generation:
     memory = {"parameters": bytes_of(self.params)}
     memory |= {key: bytes_of(value) for key, value in arguments.items()}
     frames = self.frames if name == "encode_video" else 0
-    return Program(name, self.mesh, compile, memory, flops, frames, self.rows)
+    slow = slow_bytes(self.model, self.mesh, 1, frames, self.dtype.itemsize)
+    inside = {"slow tokens, their keys and values": slow}
+    return Program(name, self.mesh, compile, memory, inside, flops, frames, self.rows)
 
   def _array(self, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> Any:
     """An array of this shape, laid out as the engine would."""

@@ -10,6 +10,7 @@ from slowfast_jax.compile.topology import DCN, GIB, Topology
 # (docs/kernels.md). A matrix unit of v6e is half used by heads of 128.
 _KERNEL_SHARE = {"slow_cross_attention": (0.9, 0.5), "splash": (0.7, 0.3)}
 
+_REST = "activations and temporaries"
 TRUST = (
   "This is the compiler's estimate, not a measured time: the cycles of every instruction, kernels "
   "at the pace of their inner loops, and links at their published speed; nothing waits for memory "
@@ -79,11 +80,11 @@ def hbm_by_part(program: dict[str, Any]) -> dict[str, float]:
   parts = dict(program["memory"])
   if "hbm" in program:
     parts["new results"] = program["hbm"]["new results"]
-    parts["activations and temporaries"] = program["hbm"]["temporaries"]
+    parts[_REST] = program["hbm"]["temporaries"]
     parts["code"] = program["hbm"]["code"]
   else:
     rest = used_hbm(program) - sum(parts.values())
-    parts["activations and temporaries"] = max(rest, 0.0)
+    parts[_REST] = max(rest, 0.0)
   return parts
 
 
@@ -134,6 +135,8 @@ def describe(summary: dict[str, Any]) -> str:
     ]
     if "cost" in program:
       lines += _costs(program, summary)
+    elif program["over"]["largest"]:
+      lines.append(f"  largest arrays: {', '.join(program['over']['largest'])}")
   if summary["fits"]:
     lines.append(TRUST)
   return "\n".join(lines)
@@ -147,8 +150,10 @@ def _memory(program: dict[str, Any]) -> str:
   used, limit = program["hbm_used"], program["hbm_limit"]
   verdict = "fits" if program["fits"] else "does NOT fit"
   room = f"{gib(limit - used)} free" if program["fits"] else f"{gib(used - limit)} too much"
-  parts = sorted(program["hbm_by_part"].items(), key=lambda item: -item[1])
-  rows = "\n".join(f"    {name:<28}{gib(size):>12}" for name, size in parts if size >= 2**20)
+  # Temporaries last: what is known of them follows.
+  parts = sorted(program["hbm_by_part"].items(), key=lambda part: (part[0] == _REST, -part[1]))
+  parts += [(f"  of that {name}", size) for name, size in program["inside"].items()]
+  rows = "\n".join(f"    {name:<46}{gib(size):>12}" for name, size in parts if size >= 2**20)
   return f"  {verdict}: {gib(used)} of {gib(limit)} HBM a device, {room}\n{rows}"
 
 
@@ -169,6 +174,7 @@ def _costs(program: dict[str, Any], summary: dict[str, Any]) -> list[str]:
   low, high = guess["mfu"]
   lines += [
     f"  kernels: {kernels or 'none'}",
+    f"  largest arrays: {', '.join(cost['largest'][:4])}",
     f"  estimate: {guess['seconds']:.3g} s ({guess['compute']:.3g} instructions, "
     f"{guess['kernels']:.3g} kernels, {guess['links']:.3g} waiting for links), "
     f"MFU {low:.3f} to {high:.3f}",

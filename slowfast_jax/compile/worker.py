@@ -29,8 +29,10 @@ from slowfast_jax.compile.topology import parse_topology
 from slowfast_jax.config import load_config
 from slowfast_jax.errors import UserError
 
-# What the compiler says where memory does not suffice.
-_OVER = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+# What the compiler says where memory does not suffice: for all, or for temporaries alone.
+_SIZE = r"([\d.]+)([KMGT])"
+_OVER = re.compile(rf"Used {_SIZE} of {_SIZE} hbm")
+_TEMPORARIES_OVER = re.compile(rf"temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -84,6 +86,7 @@ def _compile(program: Program, dump: str) -> dict[str, Any]:
     "name": program.name,
     "mesh": dict(program.mesh.shape),
     "memory": program.memory,
+    "inside": program.inside,
     "model_flops": program.model_flops,
     "frames": program.frames,
     "rows": program.rows,
@@ -91,11 +94,10 @@ def _compile(program: Program, dump: str) -> dict[str, Any]:
   try:
     compiled = program.compile()
   except jax.errors.JaxRuntimeError as error:
-    match = _OVER.search(str(error))
-    if match is None:
+    over = _over(str(error), sum(program.memory.values()))
+    if over is None:
       raise
-    used, limit = (float(match[i]) * _UNITS[match[i + 1]] for i in (1, 3))
-    return facts | {"over": {"used": used, "limit": limit}, "seconds": time.monotonic() - began}
+    return facts | {"over": over, "seconds": time.monotonic() - began}
   facts["seconds"] = time.monotonic() - began
   _say(f"reading what became of {program.name}")
   sizes: Any = compiled.memory_analysis()
@@ -116,6 +118,18 @@ def _compile(program: Program, dump: str) -> dict[str, Any]:
     "largest": cost.largest,
   }
   return facts
+
+
+def _over(message: str, arguments: int) -> dict[str, Any] | None:
+  """Bytes that a program needs and that there are, where the compiler says they are too few."""
+  whole, part = _OVER.search(message), _TEMPORARIES_OVER.search(message)
+  match = whole or part
+  if match is None:
+    return None
+  used, limit = (float(match[i]) * _UNITS[match[i + 1]] for i in (1, 3))
+  arrays = re.findall(r"Size: ([\d.]+[KMGT])\b[\s\S]*?Shape: ([a-z0-9]+\[[\d,]*\])", message)
+  largest = [f"{shape} ({size})" for size, shape in arrays[:4]]
+  return {"used": used if whole else used + arguments, "limit": limit, "largest": largest}
 
 
 def dumped_text(dump: str) -> str:

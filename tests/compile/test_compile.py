@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`slowfast compile` with the TPU compiler itself, on a tiny model."""
+
+import json
+
+import pytest
+
+from slowfast_jax.cli.main import main
+from slowfast_jax.compile.what_if import combinations
+from slowfast_jax.errors import UsageError
+
+COMMAND = ["compile", "--config=configs/tiny.py", "--topology=v5e:2x2"]
+TOO_WIDE = 2**23
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+  """A model that fits and one that no memory holds; and the same again."""
+  folder = tmp_path_factory.mktemp("compile")
+  words = [f"model.decoder.mlp_width={TOO_WIDE},32"]
+  command = [*COMMAND, f"--cache={folder / 'cache'}", "--what-if", *words]
+  codes = [main([*command, "--json", str(folder / f"{i}.json")]) for i in range(2)]
+  return codes, [json.loads((folder / f"{i}.json").read_text()) for i in range(2)]
+
+
+def test_points_that_run_come_first(sweep):
+  (code, _), (points, _) = sweep
+  assert code == 0
+  assert points[0]["changes"] == ["model.decoder.mlp_width=32"]
+  assert points[0]["summary"]["fits"]
+
+
+def test_what_was_compiled_is_not_compiled_again(sweep):
+  _, (first, second) = sweep
+  assert first == second
+
+
+def test_what_does_not_fit_is_told_with_what_would_help(sweep):
+  _, (points, _) = sweep
+  (program,) = points[1]["summary"]["programs"]
+  assert not program["fits"]
+  assert program["hbm_used"] > program["hbm_limit"] == 15.75 * 2**30
+  # Parameters and moments, which four devices may share instead of each having them all.
+  assert any("--config.mesh.fsdp=4" in line for line in program["advice"])
+
+
+def test_the_figures_of_a_step(sweep):
+  _, (points, _) = sweep
+  (step,) = points[0]["summary"]["programs"]
+  assert step["name"] == "step"
+  assert step["mesh"]["data"] == 4
+  assert sum(step["hbm_by_part"].values()) == pytest.approx(step["hbm_used"], rel=0.2)
+  assert step["cost"]["flops"] > step["model_flops_per_device"] > 0
+  low, high = step["estimate"]["mfu"]
+  assert 0 < low <= high < 1
+  reduced = [one for one in step["cost"]["collectives"] if one["axes"] == "data"]
+  assert reduced
+  assert all(one["sent"] > 0 for one in reduced)
+  # Attention is the platform's kernel, and no array is positions by positions.
+  kernels = " ".join(step["cost"]["kernels"])
+  assert "splash" in kernels
+  assert "slow_cross_attention" in kernels
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    (["--topology=v5q:2x2"], "expected GENERATION:SHAPE"),
+    (["--config.data.batch_size=3"], "data.batch_size must be a multiple of"),
+    (["--what-if", "train.rematt=full"], "no field 'train.rematt'"),
+    (["--what-if", "train.remat"], "expected FIELD=VALUE,VALUE"),
+  ],
+)
+def test_wrong_words_are_told(words, message, capsys):
+  assert main([*COMMAND, *words]) in (1, 2)
+  assert message in capsys.readouterr().err
+
+
+def test_combinations():
+  assert combinations(["a.b=1,2", "c=x"]) == [("a.b=1", "c=x"), ("a.b=2", "c=x")]
+  with pytest.raises(UsageError):
+    combinations(["a=1,,2"])
