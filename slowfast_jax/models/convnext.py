@@ -23,6 +23,7 @@ from slowfast_jax.models.layers import (
 )
 from slowfast_jax.models.remat import remat
 from slowfast_jax.models.vit import CLIP_MEAN, CLIP_STD
+from slowfast_jax.sharding import constrain
 
 STEM_STRIDE, DOWNSAMPLE_STRIDE = 4, 2
 KERNEL_SIZE, MLP_RATIO = 7, 4
@@ -97,8 +98,10 @@ class DepthwiseConv(nnx.Module):
     init = nnx.initializers.variance_scaling(
       1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=2
     )
-    self.kernel = make_param(init, rngs, (size, size, width), (None, None, "embed"))
-    self.bias = make_param(nnx.initializers.zeros, rngs, (width,), ("embed",))
+    # Small enough to be on every device. Were its channels spread, the compiler would spread those
+    # of all frames with them, and have all frames of the batch on every device in between.
+    self.kernel = make_param(init, rngs, (size, size, width), (None, None, "norm"))
+    self.bias = make_param(nnx.initializers.zeros, rngs, (width,), ("norm",))
 
   def __call__(self, x: Float[Array, "B y x E"]) -> Float[Array, "B y x E"]:
     y = jax.lax.conv_general_dilated(
@@ -125,6 +128,7 @@ class ConvNeXtBlock(nnx.Module):
     self.layer_scale = make_param(nnx.initializers.constant(1e-6), rngs, (E,), ("norm",))
 
   def __call__(self, x: Float[Array, "B y x E"]) -> Float[Array, "B y x E"]:
+    x = constrain(x, "frames")
     y = self.fc1(self.norm(self.depthwise(x)))
     y = self.fc2(jax.nn.gelu(y, approximate=False))
     return x + (self.layer_scale[...] * y).astype(x.dtype)

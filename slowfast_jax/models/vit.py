@@ -24,6 +24,7 @@ from slowfast_jax.models.layers import (
   unstack,
 )
 from slowfast_jax.models.remat import keep, remat
+from slowfast_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,7 @@ class ViTBlock(nnx.Module):
 
   def __call__(self, x: Float[Array, "B P E"], valid: int) -> Float[Array, "B P E"]:
     """Of `valid` tokens, and padding behind them that no token sees."""
+    x = constrain(x, "frames")
     y = self.norm1(x)
     q, k, v = keep(self.q(y), "queries"), keep(self.k(y), "keys"), keep(self.v(y), "values")
     o = self_attention(q, k, v, rows="frames", valid=valid)
