@@ -53,9 +53,10 @@ class Telemetry:
     self._productive = sum(_productive(line) for line in before)
     self._file = LineFile(file, step)
     self._file.write({"step": step, "event": "start", "time": time.time()})
+    self.start()
 
   def start(self) -> None:
-    """Starts the clock: what came before, compiling above all, belongs to no step."""
+    """Starts the clock anew: what came before, compiling above all, belongs to no step."""
     self._since, self._sums = time.monotonic(), _Sums()
 
   @contextlib.contextmanager
