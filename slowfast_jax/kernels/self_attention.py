@@ -20,12 +20,17 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from slowfast_jax.kernels.cross_attention.blocks import round_up, target_platform
+from slowfast_jax.kernels.cross_attention.blocks import (
+  round_up,
+  target_device_kind,
+  target_platform,
+)
 from slowfast_jax.sharding import axes_that_divide, mesh_in_force
 
 LANES = 128
-# Queries and keys of a block; two scores of it are 2 MiB each, which every chip's VMEM has.
+# Queries and keys of a block, whose scores are 4 MiB; v4 has 16 MiB of VMEM.
 LARGEST_BLOCK = 1024
+LARGEST_BLOCK_OF_V4 = 512
 
 
 @jax.tree_util.register_dataclass
@@ -129,7 +134,8 @@ def _splash(
 ) -> Float[Array, "B T N H"]:
   """Splash attention of the arrays of one device."""
   T, N = q.shape[1:3]
-  padded = round_up(T, LANES)
+  block = _block(T)
+  padded = round_up(T, block)
   # Padding is a segment of its own: no query of it is without a key.
   segments = jnp.pad(segments, ((0, 0), (0, padded - T)))
 
@@ -139,42 +145,35 @@ def _splash(
   scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
   arrays = [by_head(x) for x in (scaled, k, v)]
   if causal:
-    one_row = _kernel(N, padded, causal, interpret)
+    one_row = _kernel(N, padded, block, causal, interpret)
     out = jax.vmap(one_row)(*arrays, splash.SegmentIds(segments, segments))
   else:
     # All rows have the same mask, so their heads may be those of one row.
     flat = [einops.rearrange(x, "B N T H -> (B N) T H") for x in arrays]
-    all_rows = _kernel(len(flat[0]), padded, causal, interpret)
+    all_rows = _kernel(len(flat[0]), padded, block, causal, interpret)
     out = all_rows(*flat, splash.SegmentIds(segments[0], segments[0]))
     out = einops.rearrange(out, "(B N) T H -> B N T H", N=N)
   return out.swapaxes(1, 2)[:, :T]
 
 
-def _kernel(heads: int, length: int, causal: bool, interpret: bool) -> Callable[..., Array]:
+def _block(length: int) -> int:
+  """Positions of a block: the size that leaves the least padding, the largest of those."""
+  old = target_device_kind() == "TPU v4"
+  largest = LARGEST_BLOCK_OF_V4 if old else LARGEST_BLOCK
+  if length <= largest:
+    return round_up(length, LANES)
+  return min(range(largest, largest // 2 - 1, -LANES), key=lambda size: round_up(length, size))
+
+
+def _kernel(
+  heads: int, length: int, block: int, causal: bool, interpret: bool
+) -> Callable[..., Array]:
   shape = (length, length)
   one = masks.CausalMask(shape) if causal else masks.FullMask(shape)
-  return splash.make_splash_mha(
-    masks.MultiHeadMask([one] * heads),
-    block_sizes=_blocks(length, by_position=not causal),
-    head_shards=1,
-    q_seq_shards=1,
-    interpret=interpret,
-  )
-
-
-def _blocks(length: int, by_position: bool) -> splash.BlockSizes:
-  """The largest blocks that divide the length.
-
-  Args:
-    length: positions.
-    by_position: they are the innermost axis. An encoder's heads of 72 fill no 128 lanes, and its
-      projections write this layout as readily.
-  """
-  layout = splash.QKVLayout.SEQ_MINOR if by_position else splash.QKVLayout.HEAD_DIM_MINOR
-  parts = length // LANES
-  most = LARGEST_BLOCK // LANES
-  block = LANES * max(n for n in range(1, most + 1) if parts % n == 0)
-  return splash.BlockSizes(
+  # An encoder's heads of 72 fill no 128 lanes, but its positions do, and its projections write them
+  # innermost as readily.
+  layout = splash.QKVLayout.HEAD_DIM_MINOR if causal else splash.QKVLayout.SEQ_MINOR
+  sizes = splash.BlockSizes(
     block_q=block,
     block_kv=block,
     block_q_dkv=block,
@@ -183,4 +182,11 @@ def _blocks(length: int, by_position: bool) -> splash.BlockSizes:
     q_layout=layout,
     k_layout=layout,
     v_layout=layout,
+  )
+  return splash.make_splash_mha(
+    masks.MultiHeadMask([one] * heads),
+    block_sizes=sizes,
+    head_shards=1,
+    q_seq_shards=1,
+    interpret=interpret,
   )
