@@ -3,17 +3,24 @@
 
 import json
 import math
+import time
 from typing import Any
 
 import jax
 from etils import epath
 
+from slowfast_jax.files import replace_text
+
 # Marks a line of metrics.jsonl that has the results of an evaluation, not of a step.
 EVALUATED = "evaluated"
+
+_REWRITE_SECONDS = 30.0
 
 
 class LineFile:
   """Appends lines; process 0 writes, all others do nothing.
+
+  Files of a bucket cannot be appended to: there the whole file is written anew, now and then.
 
   Args:
     file: made if it is not there.
@@ -21,17 +28,41 @@ class LineFile:
   """
 
   def __init__(self, file: epath.Path, step: int):
-    self._file = _open_after(file, step) if jax.process_index() == 0 else None
+    self._file, self._stream = file, None
+    self._lines: list[str] = []  # Of a file in a bucket.
+    self._written = time.monotonic()
+    if jax.process_index() != 0:
+      return
+    kept = [json.dumps(line) + "\n" for line in read_lines(file) if line["step"] <= step]
+    replace_text(file, "".join(kept))
+    if "://" in str(file):
+      self._lines = kept
+    else:
+      self._stream = file.open("a")
 
   def write(self, line: dict[str, Any]) -> None:
     """Numbers that are not finite become null: JSON has none."""
-    if self._file is not None:
-      self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
-      self._file.flush()
+    if jax.process_index() != 0:
+      return
+    text = json.dumps(_finite(line), allow_nan=False) + "\n"
+    if self._stream is not None:
+      self._stream.write(text)
+      self._stream.flush()
+      return
+    self._lines.append(text)
+    if time.monotonic() - self._written > _REWRITE_SECONDS:
+      self.flush()
+
+  def flush(self) -> None:
+    """All lines are in the file when this returns."""
+    if self._lines:
+      replace_text(self._file, "".join(self._lines))
+      self._written = time.monotonic()
 
   def close(self) -> None:
-    if self._file is not None:
-      self._file.close()
+    self.flush()
+    if self._stream is not None:
+      self._stream.close()
 
 
 def read_lines(file: epath.Path) -> list[dict[str, Any]]:
@@ -45,14 +76,6 @@ def read_lines(file: epath.Path) -> list[dict[str, Any]]:
     except ValueError:
       break
   return lines
-
-
-def _open_after(file: epath.Path, step: int):
-  kept = [line for line in read_lines(file) if line["step"] <= step]
-  new = file.with_name(file.name + ".new")
-  new.write_text("".join(json.dumps(line) + "\n" for line in kept))
-  new.replace(file)
-  return file.open("a")
 
 
 def _finite(value: Any) -> Any:

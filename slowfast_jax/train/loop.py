@@ -266,6 +266,7 @@ class _Run:
     # A state in which steps are skipped may itself be the reason: the good one must stay.
     if recorder.counts.skipped_in_a_row and step < self.options.steps:
       return
+    self.metrics.flush()  # A run that goes on from this checkpoint does not write them again.
     self.scores.rate(step, recorder.latest, self.checkpoints.all_steps())
     self.checkpoints.save(step, state, run_facts(self.setup, recorder.counts))
 

@@ -3,14 +3,17 @@
 
 import json
 
+import fsspec
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
+from fsspec.implementations.memory import MemoryFileSystem
 
 from slowfast_jax.data.packing import Geometry, collate, empty_row
 from slowfast_jax.errors import UserError
+from slowfast_jax.train.best import Scores
 from slowfast_jax.train.lines import LineFile, read_lines
 from slowfast_jax.train.metrics import Recorder, instrument
 from slowfast_jax.train.resume import Counts
@@ -138,3 +141,31 @@ def test_the_rate_and_the_gates_are_those_that_the_step_ran_with():
   _, got = instrument(step, lambda step: 0.5)(TrainState(jnp.int32(0), nnx.State({}), ()), batch)
   assert "gates" not in got
   assert (got["tokens"], got["frames"], got["samples"]) == (0, 0, 0)
+
+
+class Bucket(MemoryFileSystem):
+  """Google's buckets as fsspec shows them: what is opened to append is overwritten."""
+
+  def _open(self, path, mode="rb", **kwargs):
+    return super()._open(path, mode.replace("a", "w"), **kwargs)
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    return "/" + path.removeprefix("gs://").strip("/")
+
+
+def test_lines_and_other_small_files_lie_in_a_bucket_too(monkeypatch):
+  monkeypatch.setattr(Bucket, "store", {})
+  monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
+  monkeypatch.setattr(fsspec, "filesystem", lambda *_, **__: Bucket())
+  folder = epath.Path("gs://bucket/run")
+  file = folder / "metrics.jsonl"
+  for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):  # Step 3 is lost, and done again.
+    lines = LineFile(file, start)
+    for step in steps:
+      lines.write({"step": step})
+      lines.flush()
+    lines.close()
+  assert [line["step"] for line in read_lines(file)] == [1, 2, 3, 4]
+  Scores(folder / "best.json", "loss").rate(2, {"loss": 1.0}, [1, 2])
+  assert Scores(folder / "best.json", "loss") == {2: -1.0}
