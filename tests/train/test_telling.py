@@ -20,6 +20,8 @@ from slowfast_jax.train.trackers import numbers_of, open_trackers
 from slowfast_jax.train.watch import Watch
 from tests.train.tiny_run import tiny_config, write_data
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 FIELDS = (
   "train.steps=4", "eval.every=2", "train.keep_best=accuracy", "train.profile=(2,1)",
   "train.trackers=tensorboard", "data.read_threads=0",
@@ -55,7 +57,7 @@ class Evaluation:
 
 
 @pytest.fixture(scope="module")
-def finished(config, tmp_path_factory):
+def finished(config, one_device, tmp_path_factory):
   workdir, said = tmp_path_factory.mktemp("run"), []
   assert loop.train(config, str(workdir), None, said.append, Evaluation()) == 0
   return workdir, said
