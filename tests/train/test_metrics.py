@@ -151,14 +151,14 @@ class Bucket(MemoryFileSystem):
 
   @classmethod
   def _strip_protocol(cls, path):
-    return "/" + path.removeprefix("gs://").strip("/")
+    return "/" + path.removeprefix("s3://").strip("/")
 
 
 def test_lines_and_other_small_files_lie_in_a_bucket_too(monkeypatch):
   monkeypatch.setattr(Bucket, "store", {})
   monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
   monkeypatch.setattr(fsspec, "filesystem", lambda *_, **__: Bucket())
-  folder = epath.Path("gs://bucket/run")
+  folder = epath.Path("s3://bucket/run")  # Whatever the kind: epath keeps its client.
   file = folder / "metrics.jsonl"
   for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):  # Step 3 is lost, and done again.
     lines = LineFile(file, start)
