@@ -23,11 +23,11 @@ from tests.kernels import oracle
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
 
 
-def small_blocks(rows, key_block=256, chunk=128, row_blocks=1, strip=128):
+def small_blocks(rows, key_block=256, chunk=128, row_blocks=1, strip=128, transposed=False):
   """Sizes with several blocks, chunks and strips even on small shapes."""
   row_block = block_table.round_up(-(-rows // row_blocks), chunk)
   sizes = (key_block, chunk, row_block, strip, None)
-  return Blocks(ForwardBlocks(*sizes), BackwardBlocks(*sizes))
+  return Blocks(ForwardBlocks(*sizes), BackwardBlocks(*sizes, transposed))
 
 
 @functools.partial(jax.jit, static_argnames=("blocks", "gradients"))
@@ -99,10 +99,10 @@ def test_forward(sizes, masks, dtype):
 
 GRADIENTS = [
   ((2, 7, 81, 2, 7, 128), "all", "float32", {}),
-  ((3, 33, 700, 2, 2, 64), "both", "float32", {}),
-  ((1, 128, 300, 1, 2, 72), "scattered", "float32", {"row_blocks": 2}),
+  ((3, 33, 700, 2, 2, 64), "both", "float32", {"transposed": True}),
+  ((1, 128, 300, 1, 2, 72), "scattered", "float32", {"row_blocks": 2, "transposed": True}),
   ((2, 100, 300, 1, 7, 80), "lengths", "float32", {"row_blocks": 3}),
-  ((2, 33, 700, 2, 2, 128), "segments", "bfloat16", {}),
+  ((2, 33, 700, 2, 2, 128), "segments", "bfloat16", {"transposed": True}),
   ((2, 100, 300, 1, 7, 64), "lengths", "bfloat16", {"row_blocks": 3}),
 ]
 
@@ -128,9 +128,10 @@ def test_gradients_with_the_sizes_of_the_table():
   ),
   masks=st.sampled_from(["all", "lengths", "segments", "both", "scattered"]),
   seed=st.integers(0, 1000),
+  transposed=st.booleans(),
 )
-def test_any_shape(sizes, masks, seed):
-  check(sizes, masks, seed=seed, gradients=True)
+def test_any_shape(sizes, masks, seed, transposed):
+  check(sizes, masks, seed=seed, gradients=True, transposed=transposed)
 
 
 def test_no_races_and_nothing_uninitialized_is_read():

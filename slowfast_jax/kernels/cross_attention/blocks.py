@@ -41,6 +41,8 @@ class BackwardBlocks:
     row_block: rows of a call; all stay in VMEM. More rows take several calls.
     strip: keys of a tile that are computed at a time.
     vmem_limit: bytes that the compiler may use.
+    transposed: dk and dv are made as [W, keys]. A product that is W = 128 wide fills half of the
+      matrix unit of v6e; this way W is what passes through it, and the unit is full.
   """
 
   key_block: int
@@ -48,6 +50,7 @@ class BackwardBlocks:
   row_block: int
   strip: int
   vmem_limit: int
+  transposed: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,10 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class _Chip:
-  """What the table says of a chip: the VMEM of a core to use, and the largest sizes."""
+  """What the table says of a chip: the VMEM of a core to use, and the largest sizes.
+
+  `wide`: whether its matrix units are 256 wide instead of 128.
+  """
 
   vmem: int
   key_block: int
@@ -69,13 +75,14 @@ class _Chip:
   backward_key_block: int
   backward_chunk: int
   backward_strip: int
+  wide: bool = False
 
 
 CHIPS = {
   "v4": _Chip(14 * MIB, 1024, 512, 512, 1024, 512, 512),
-  "v5e": _Chip(96 * MIB, 4096, 512, 512, 2048, 512, 512),
-  "v5p": _Chip(48 * MIB, 4096, 512, 512, 2048, 512, 512),
-  "v6e": _Chip(96 * MIB, 4096, 512, 512, 2048, 512, 512),
+  "v5e": _Chip(96 * MIB, 4096, 512, 512, 4096, 512, 512),
+  "v5p": _Chip(48 * MIB, 4096, 512, 512, 4096, 512, 512),
+  "v6e": _Chip(96 * MIB, 4096, 512, 512, 4096, 512, 256, wide=True),
 }
 # A chip that the table does not know gets sizes that fit everywhere.
 SMALLEST = CHIPS["v4"]
@@ -161,7 +168,7 @@ def _backward(chip: _Chip, rows: int, keys: int, width: int, itemsize: int) -> B
     largest_rows //= 2
   chunk, row_block = _rows(rows, chip.backward_chunk, largest_rows)
   key_block = _keys(keys, chip.backward_key_block)
-  return BackwardBlocks(key_block, chunk, row_block, chip.backward_strip, chip.vmem)
+  return BackwardBlocks(key_block, chunk, row_block, chip.backward_strip, chip.vmem, chip.wide)
 
 
 def _backward_bytes(key_block, row_block, width, itemsize):
