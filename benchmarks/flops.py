@@ -59,16 +59,15 @@ def run(args: argparse.Namespace) -> int:
   print(f"decoder prefill, {TEXT} text tokens, Qwen2-7B, {args.layers} layers")
   for name, count in flops.items():
     print(f"  {name:<42}{count / 1e12:9.3f} TFLOP  {count / base:7.3f}x")
-  print("slow path alone")
-  plain = found[1]
-  rows = [(frames, less(one, plain)) for frames, one in zip(FRAMES, found[len(headline) :])]
-  for frames, one in rows:
-    moved = f"{one['bytes'] / 1e9:9.2f} GB"
-    print(f"  {frames:>6} frames {one['flops'] / 1e12:9.3f} TFLOP {moved}")
-  for key in ("flops", "bytes"):
-    print(f"  {key} grow as frames^{exponent(FRAMES, [one[key] for _, one in rows]):.3f}")
+  print("with more frames beside the same sequence")
+  growing = found[len(headline) :]
+  for frames, one in zip(FRAMES, growing):
+    print(f"  {frames:>6} frames {one['flops'] / 1e12:9.3f} TFLOP {one['memory'] / 2**30:9.2f} GiB")
+  for key in ("flops", "memory"):
+    print(f"  {key:<6} as frames^{growth_exponent(FRAMES, [one[key] for one in growing]):.3f}")
   if args.json:
-    Path(args.json).write_text(json.dumps({"headline": flops, "growth": dict(rows)}, indent=1))
+    figures = {"headline": flops, "growth": dict(zip(FRAMES, growing))}
+    Path(args.json).write_text(json.dumps(figures, indent=1))
   return 0
 
 
@@ -81,35 +80,34 @@ def headline_cases(layers: int) -> dict[str, Case]:
   }
 
 
-def less(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
-  return {key: one[key] - other[key] for key in one}
-
-
-def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-  """The power of size by which costs grow: the slope of a line through their logarithms."""
+def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
+  """The power of size by which costs grow beyond those of the first, which have a constant part."""
   import numpy as np
 
-  return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
+  x, y = (np.log(np.subtract(values[1:], values[0])) for values in (sizes, costs))
+  return float(np.polyfit(x, y, 1)[0])
 
 
 def measure(cases: Sequence[Case]) -> list[dict[str, float]]:
-  """FLOPs of each case, and bytes that its instructions read and write.
+  """FLOPs of each case, and bytes of memory that it needs, parameters included.
 
   Raises:
     RuntimeError: the compiler failed; with its last words.
   """
   from slowfast_jax.compile.cost import cost_of
   from slowfast_jax.compile.hlo import parse
+  from slowfast_jax.compile.worker import total_memory
 
   found = []
   for case in cases:
-    cost = cost_of(parse(_program(case)), {"data": 1})
-    found.append({"flops": cost.flops, "bytes": cost.moved})
+    text, report = _program(case)
+    flops = cost_of(parse(text), {"data": 1}).flops
+    found.append({"flops": flops, "memory": float(total_memory(report))})
   return found
 
 
-def _program(case: Case) -> str:
-  """The optimised program, which the compiler writes down before it makes machine code of it.
+def _program(case: Case) -> tuple[str, str]:
+  """The optimised program and its use of memory, written down before the code is made.
 
   That would be most of the work, so it is stopped there; it runs in a process of its own.
   """
@@ -126,16 +124,17 @@ def _program(case: Case) -> str:
       ) as worker,
     ):
       try:
-        # The report comes after the program.
-        while worker.poll() is None and not glob.glob(f"{stem}-memory-usage-report.txt"):
+        # What comes after both.
+        while worker.poll() is None and not glob.glob(f"{stem}_after_buffer_assignment.txt"):
           time.sleep(0.2)
       finally:
         if worker.poll() is None:
           os.killpg(worker.pid, signal.SIGKILL)
-    files = glob.glob(f"{stem}.txt")
-    if not files:
+    files = [*glob.glob(f"{stem}.txt"), *glob.glob(f"{stem}-memory-usage-report.txt")]
+    if len(files) < 2:
       raise RuntimeError(f"the compiler failed:\n{log.read_text(errors='replace')[-2000:]}")
-    return Path(files[0]).read_text()
+    text, report = (Path(file).read_text() for file in files)
+    return text, report
 
 
 # --- In the worker ---

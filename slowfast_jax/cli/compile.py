@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slowfast_jax.errors import UserError
+
 if TYPE_CHECKING:
   from slowfast_jax.compile.run import Job
 
@@ -56,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
 
   topology = parse_topology(args.topology, args.slices)
   load_config(args.config, args.overrides)  # What is wrong with it is told at once.
+  if args.json and not Path(args.json).absolute().parent.is_dir():
+    raise UserError(f"--json {args.json}: there is no such folder; make it first.")
   fields = ("rows", "text", "new_tokens", "frames")
   generation = {field: getattr(args, field) for field in fields}
   job = Job(args.config, tuple(args.overrides), topology, args.what, generation)

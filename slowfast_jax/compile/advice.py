@@ -56,21 +56,20 @@ def advise(
 
 def _changes(config: ml_collections.ConfigDict, devices: list) -> list[Advice]:
   plan, c = make_plan(config, devices), config
-  state, kept = _state_bytes(plan), kept_bytes(plan)
+  kept = kept_bytes(plan)
   parts = dict(plan.mesh.shape)
   spread = parts["data"] * parts["fsdp"]
   rows = c.data.batch_size // spread
-  tries = [
-    ("mesh", {"data": 1, "fsdp": spread}, f"--config.mesh.data=1 --config.mesh.fsdp={spread}"),
-    ("optimizer", {"name": "adafactor"}, "--config.optimizer.name=adafactor"),
-  ]
-  found = []
-  for section, fields, words in tries:
-    changed = _changed(c, section, fields)
-    try:
-      found.append(Advice(words, state - _state_bytes(make_plan(changed, devices))))
-    except UserError:
-      continue  # What the change leads to is not allowed.
+  shares = [n for n in range(parts["fsdp"] + 1, spread + 1) if spread % n == 0]
+  found = _try(
+    plan,
+    "mesh",
+    [{"data": spread // n, "fsdp": n} for n in shares],
+    devices,
+  )
+  # The largest is not always the best: parameters that it does not divide are on every device.
+  found = sorted(found, key=lambda advice: -advice.frees)[:1]
+  found += _try(plan, "optimizer", [{"name": "adafactor"}], devices)
   stricter = REMAT[REMAT.index(c.train.remat) + 1 :]
   for policy in stricter:
     frees = kept - kept_bytes(make_plan(_changed(c, "train", {"remat": policy}), devices))
@@ -83,6 +82,19 @@ def _changes(config: ml_collections.ConfigDict, devices: list) -> list[Advice]:
   return found
 
 
+def _try(plan: Plan, section: str, changes: list[dict[str, Any]], devices: list) -> list[Advice]:
+  """What each change of a section frees of parameters, optimiser and gradients."""
+  before, found = _state_bytes(plan), []
+  for fields in changes:
+    words = " ".join(f"--config.{section}.{field}={value}" for field, value in fields.items())
+    try:
+      after = make_plan(_changed(plan.config, section, fields), devices)
+    except UserError:  # What the change leads to is not allowed.
+      continue
+    found.append(Advice(words, before - _state_bytes(after)))
+  return found
+
+
 def _changed(
   config: ml_collections.ConfigDict, section: str, fields: dict[str, Any]
 ) -> ml_collections.ConfigDict:
@@ -92,7 +104,9 @@ def _changed(
 
 
 def _state_bytes(plan: Plan) -> int:
-  return bytes_of(plan.abstract_state())
+  state = plan.abstract_state()
+  learning, _ = split_frozen(state.params, plan.optimizer)
+  return bytes_of(state) + bytes_of(learning)  # Gradients lie as their parameters do.
 
 
 def kept_bytes(plan: Plan) -> float:

@@ -24,8 +24,6 @@ COLLECTIVES = (
 # Matrix products of JAX's splash attention, which tells no FLOPs: scores and output; and with the
 # gradient, scores again, then the gradients of weights, v, k and q.
 _SPLASH = {"fwd": 2, "dkv": 5}
-# What moves nothing itself.
-_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +51,6 @@ class Cost:
 
   Attributes:
     flops: of matrix products and convolutions, those inside of kernels too.
-    moved: bytes that its instructions read and write: the memory's traffic, if no result were
-      kept on the chip.
     cycles: the compiler's estimate.
     cycles_by_part: the same, by what the instructions do.
     collectives: what is exchanged.
@@ -64,7 +60,6 @@ class Cost:
   """
 
   flops: float
-  moved: float
   cycles: float
   cycles_by_part: dict[str, float]
   collectives: tuple[Collective, ...]
@@ -79,7 +74,7 @@ def cost_of(module: Module, mesh: dict[str, int]) -> Cost:
     module: the program.
     mesh: sizes of the mesh's axes, in order.
   """
-  flops, moved = 0.0, 0.0
+  flops = 0.0
   cycles: collections.Counter[str] = collections.Counter()
   kernels: collections.Counter[str] = collections.Counter()
   in_kernels: dict[str, float] = collections.defaultdict(float)
@@ -90,7 +85,6 @@ def cost_of(module: Module, mesh: dict[str, int]) -> Cost:
     one, times = item.instruction, item.times
     flops += times * flops_of(item)
     if item.fused is None:
-      moved += times * _moved(item)
       cycles[_part(one, item, module)] += times * _cycles(one)
       arrays |= {array: bytes_of(array) for array in one.arrays}
     if name := kernel_name(one):
@@ -102,7 +96,6 @@ def cost_of(module: Module, mesh: dict[str, int]) -> Cost:
   largest = sorted(arrays, key=lambda array: -arrays[array])[:8]
   return Cost(
     flops,
-    moved,
     float(sum(cycles.values())),
     dict(cycles.most_common()),
     tuple(Collective(*key, int(n), *sums) for key, (n, *sums) in exchanged.items()),
@@ -196,13 +189,6 @@ def _splash(one: Instruction, item: Executed) -> float:
   # The matrix unit is 128 wide: a smaller head takes as long.
   padded = math.prod(queries) // head * max(head, 128)
   return 2.0 * _SPLASH[match[1]] * padded * length
-
-
-def _moved(item: Executed) -> float:
-  one = item.instruction
-  if one.op in _FREE:
-    return 0.0
-  return one.size + sum(item.scope[name].size for name in one.operands if name in item.scope)
 
 
 def _cycles(one: Instruction) -> int:

@@ -44,7 +44,7 @@ class Estimate:
 def estimate(program: dict[str, Any], topology: Topology) -> Estimate:
   """The estimate of one compiled program; see worker.py for its facts."""
   chip, cost = topology.chip, program["cost"]
-  peak = chip.peak / chip.cores
+  peak = chip.peak
   compute = cost["cycles"] / chip.clock
   kernels = sum(
     flops / peak / _share(name, topology.generation) for name, flops in cost["kernel_flops"].items()
@@ -55,7 +55,7 @@ def estimate(program: dict[str, Any], topology: Topology) -> Estimate:
   )
   shortest = max(compute + kernels, sent)
   seconds = max(compute + kernels + waited, sent)
-  least = program["model_flops"] / (peak * topology.num_devices)
+  least = program["model_flops"] / (peak * topology.num_chips)
   return Estimate(compute, kernels, waited, seconds, shortest, (least / seconds, least / shortest))
 
 
@@ -67,12 +67,12 @@ def _share(kernel: str, generation: str) -> float:
 def _speed(axes: str, topology: Topology) -> float:
   """Bytes a second of an exchange; between slices only the axis `data` reaches."""
   across = topology.slices > 1 and "data" in axes
-  return DCN if across else topology.chip.ici / topology.chip.cores
+  return DCN if across else topology.chip.ici
 
 
 def used_hbm(program: dict[str, Any]) -> float:
   """Bytes that a device needs, whether it has them or not."""
-  return program["over"]["used"] if "over" in program else sum(program["hbm"].values())
+  return program["over"]["used"] if "over" in program else program["hbm"]["total"]
 
 
 def hbm_by_part(program: dict[str, Any]) -> dict[str, float]:
@@ -80,12 +80,7 @@ def hbm_by_part(program: dict[str, Any]) -> dict[str, float]:
   parts = dict(program["memory"])
   if "hbm" in program:
     parts["new results"] = program["hbm"]["new results"]
-    parts[_REST] = program["hbm"]["temporaries"]
-    parts["code"] = program["hbm"]["code"]
-  else:
-    rest = used_hbm(program) - sum(parts.values())
-    parts[_REST] = max(rest, 0.0)
-  return parts
+  return parts | {_REST: max(used_hbm(program) - sum(parts.values()), 0.0)}
 
 
 def summarize(
@@ -94,7 +89,7 @@ def summarize(
   """All figures of a result, for people and for --json."""
   programs = []
   for program in result["programs"]:
-    limit = topology.chip.hbm / topology.chip.cores
+    limit = topology.chip.hbm
     used = used_hbm(program)
     facts = {
       **program,
@@ -106,7 +101,7 @@ def summarize(
     if "cost" in program:
       guess = estimate(program, topology)
       facts["estimate"] = dataclasses.asdict(guess)
-      facts["model_flops_per_device"] = program["model_flops"] / topology.num_devices
+      facts["model_flops_per_device"] = program["model_flops"] / topology.num_chips
       facts["frames_per_second"] = program["frames"] / guess.seconds
       if what == "train":
         steps = samples / program["rows"]

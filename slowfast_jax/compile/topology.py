@@ -26,7 +26,7 @@ class Chip:
     hbm: bytes of memory that a program may use, as the compiler says.
     bandwidth: bytes a second between that memory and the chip.
     ici: bytes a second that leave the chip over all its links.
-    cores: devices of a chip, as JAX counts them; the rest is of the whole chip.
+    options: what the compiler must be told of it besides its name.
   """
 
   dims: int
@@ -36,12 +36,14 @@ class Chip:
   hbm: float
   bandwidth: float
   ici: float
-  cores: int = 1
+  options: tuple[tuple[str, str], ...] = ()
 
 
+# A chip's two cores work as one device, as they do on the machines.
+_ONE_DEVICE = (("chip_config_name", "megacore"),)
 # As published, but for memory: a link of v5p carries 90e9 bytes a second each way, and so on.
 CHIPS = {
-  "v4": Chip(3, 4096, 275e12, 1.05e9, 30.75 * GIB, 1.23e12, 6 * 4.5e10, cores=2),
+  "v4": Chip(3, 4096, 275e12, 1.05e9, 30.75 * GIB, 1.23e12, 6 * 4.5e10, _ONE_DEVICE),
   "v5e": Chip(2, 256, 197e12, 1.5e9, 15.75 * GIB, 0.82e12, 4 * 4.5e10),
   "v5p": Chip(3, 6144, 459e12, 1.75e9, 95.74 * GIB, 2.46e12, 6 * 9e10),
   "v6e": Chip(2, 256, 918e12, 1.75e9, 31.25 * GIB, 1.64e12, 4 * 9e10),
@@ -79,11 +81,6 @@ class Topology:
   @property
   def num_chips(self) -> int:
     return math.prod(self.shape) * self.slices
-
-  @property
-  def num_devices(self) -> int:
-    """As JAX counts them."""
-    return self.num_chips * self.chip.cores
 
   def __str__(self) -> str:
     return self.name + (f" x {self.slices} slices" if self.slices > 1 else "")

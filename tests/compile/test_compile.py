@@ -68,6 +68,7 @@ def test_the_figures_of_a_step(sweep):
     (["--topology=v5q:2x2"], "expected GENERATION:SHAPE"),
     (["--config.data.batch_size=3"], "data.batch_size must be a multiple of"),
     (["--what-if", "train.rematt=full"], "no field 'train.rematt'"),
+    (["--json", "no/such/folder.json"], "there is no such folder"),
     (["--what-if", "train.remat"], "expected FIELD=VALUE,VALUE"),
   ],
 )
