@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from slowfast_jax.models.remat import PRODUCT, keep
+
 # Standard deviation of fresh token embeddings, of words and of pictures alike. Much smaller, and
 # what the first layers add would drown which token it is.
 TOKEN_SCALE = 0.3
@@ -49,7 +51,7 @@ def linear(
     kernel: a parameter.
     dtype: of the result; None: that of x.
   """
-  return _linear(equation, x.dtype, dtype or x.dtype, x, kernel)
+  return keep(_linear(equation, x.dtype, dtype or x.dtype, x, kernel), PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

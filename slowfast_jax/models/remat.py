@@ -19,6 +19,8 @@ T = TypeVar("T")
 # What `keep` marks: the inputs and the output of attention. They are a tenth of what a layer
 # computes, and cost the most to compute again.
 KEPT = ("queries", "keys", "values", "attention")
+# Results of products with weights. JAX's own policy for them does not look into `layers.linear`.
+PRODUCT = "product"
 
 _policies = jax.checkpoint_policies
 
@@ -30,7 +32,7 @@ _policies = jax.checkpoint_policies
 #   full     nothing is kept but the layers' inputs.
 _POLICIES = {
   "none": None,
-  "dots": _policies.dots_with_no_batch_dims_saveable,
+  "dots": _policies.save_only_these_names(PRODUCT),
   "minimal": _policies.save_only_these_names(*KEPT),
   "offload": _policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
@@ -57,5 +59,5 @@ def remat(function: Callable[..., T], policy: str) -> Callable[..., T]:
 
 
 def keep(x: Float[Array, "..."], name: str) -> Float[Array, "..."]:
-  """Marks an array that the policies "minimal" and "offload" keep; the name is one of KEPT."""
+  """Marks an array for the policies that keep it; the name is PRODUCT or one of KEPT."""
   return checkpoint_name(x, name)
