@@ -32,6 +32,8 @@ import pytest
 
 # Sharded tests always run; a program for one device is not slower for it (measured: under 5%).
 jax.config.update("jax_num_cpu_devices", 8)
+# Tests compile for longer than they compute. Processes that they start compile as users' do.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # `Batch` itself stays unchecked: JAX builds it of shapes, shardings and specs too.
 import slowfast_jax.shapes  # noqa: E402, F401

@@ -4,6 +4,7 @@
 import dataclasses
 import io
 
+import jax
 import pytest
 from PIL import Image
 
@@ -16,6 +17,14 @@ from slowfast_jax.generate.video import read_video
 from slowfast_jax.sharding import make_mesh
 from tests.data.video_files import VideoSpec, write_video
 from tests.generate.tiny import make_export
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+  """Eight devices on two cores spend their time on waiting for one another."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(verb, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +43,7 @@ def arguments(folder, *more):
 @pytest.fixture(scope="module")
 def asked(folder):
   """The engine's own answers to a list of turns."""
-  mesh = make_mesh({"tensor": -1})
+  mesh = make_mesh({"tensor": -1}, jax.devices()[:1])
   engine = Engine(load_export(folder / "export", mesh), mesh)
   whole = read_video(folder / "a.mp4", engine.export).images
 

@@ -4,8 +4,8 @@
 import pytest
 
 from slowfast_jax.cli import main as cli
-from slowfast_jax.train import loop
 from slowfast_jax.cli.progress import Progress
+from slowfast_jax.train import loop
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def image(height, width):
 def device_normalise(family):
   """uint8 frames [B, h, w, 3] as the model's own encoder is given them."""
   model = tiny.random_model(tiny.config(vision={"family": family}))
-  model.vision = lambda frames: einops.rearrange(frames, "B h w C -> B (h w) C")
+  model.vision = lambda frames, policy: einops.rearrange(frames, "B h w C -> B (h w) C")
   model.projector = lambda tokens: tokens
 
   def normalise(frames):

@@ -16,11 +16,15 @@ from slowfast_jax.checkpoints.trees import flatten
 from slowfast_jax.data.packing import collate, empty_row
 from slowfast_jax.errors import UserError
 from slowfast_jax.models.slowfast import graphdef_of
+from slowfast_jax.sharding import make_mesh
+from slowfast_jax.train import plan
 from slowfast_jax.train.lines import read_lines
 from slowfast_jax.train.loop import train
 from slowfast_jax.train.plan import geometry_of
 from slowfast_jax.train.setup import open_setup
 from tests.train.tiny_run import record, tiny_config, write_data, write_records
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +84,17 @@ def test_a_run_whose_steps_have_several_shapes(data, tmp_path):
     ("data.mixture=/nowhere/mix.json", "mix.json: cannot be read"),
     ("data.mixture=", "data.records is empty"),
     ("data.buckets=((1,2),)", "data.buckets: each must be .*, got \\(1, 2\\)"),
-    ("data.buckets=((1,64,56,3),)", "must be a multiple of mesh.data x mesh.fsdp = 8, got 3"),
   ],
 )
 def test_what_does_not_fit_is_named(data, override, words):
   with pytest.raises(UserError, match=words):
     open_setup(config_of(data, override))
+
+
+def test_a_bucket_that_does_not_divide_is_named(data, monkeypatch):
+  monkeypatch.setattr(plan, "make_mesh", make_mesh)
+  with pytest.raises(UserError, match="must be a multiple of mesh.data x mesh.fsdp = 8, got 3"):
+    open_setup(config_of(data, "data.buckets=((1,64,56,3),)"))
 
 
 def test_packed_samples_give_the_logits_and_gradients_that_they_give_alone(data):

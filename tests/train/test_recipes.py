@@ -84,6 +84,7 @@ def test_another_size_is_an_error():
     load_config(f"{CONFIGS / RECIPES[0]}:small")
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("tower", ["siglip", "convnext"])
 def test_the_twins_of_both_stages_run_one_after_the_other_and_learn(tower, tmp_path):
   data = write_data(tmp_path / "data")
