@@ -25,11 +25,14 @@ from slowfast_jax.data.chat import Turn
 from slowfast_jax.data.video import VideoPath
 from slowfast_jax.errors import UserError
 from slowfast_jax.generate.engine import Engine
-from slowfast_jax.generate.sessions import VideoSession
+from slowfast_jax.generate.sessions import SessionStore, VideoSession
 from slowfast_jax.generate.video import read_media
 from slowfast_jax.models.slowfast import SlowFastConfig
 
 _WRITERS = {"orbax": save_export, "huggingface": save_hf}
+
+# Of encoded videos that a model keeps: one of 64 frames takes 0.6 GB in the largest models.
+SESSION_BYTES = 2**30
 
 # A sample's media: normalised frames [T, h, w, 3] of a video, or [h, w, 3] of a still image;
 # a list of such arrays, one for each -200; None for text alone.
@@ -43,11 +46,16 @@ class VLM:
     export: the model and what is needed to ask it, as `checkpoints` opens it.
     mesh: the devices that it runs on; None: where its parameters are.
     dtype: of the computation; scores are float32 whatever it is.
+
+  Attributes:
+    sessions: videos that were encoded; to ask one again costs no more than a text. They take up to
+      SESSION_BYTES of the devices' memory, `sessions.clear()` frees it.
   """
 
   def __init__(self, export: Export, mesh: Mesh | None = None, dtype: str = "float32"):
     self.export = export
     self.engine = Engine(export, mesh, dtype=dtype)
+    self.sessions = SessionStore(self.engine, SESSION_BYTES)
 
   @property
   def config(self) -> SlowFastConfig:
@@ -84,6 +92,7 @@ class VLM:
     top_p: float = 1.0,
     seed: int | Sequence[int] = 0,
     decode_cross_attention: bool = True,
+    top_k: int = 0,
   ) -> list[list[int]]:
     """New token ids of every sample, with the stop token that ended it, if one did.
 
@@ -95,6 +104,7 @@ class VLM:
       seed: of the draws, or one a sample; a draw depends on its own sample and seed alone.
       decode_cross_attention: new tokens read slow tokens, as in training. False: only the
         positions of `input_ids` do, as in the released code.
+      top_k: draw from so many of the likeliest tokens; 0: from all.
 
     Raises:
       UserError: as in `logits`, or an option that is out of range.
@@ -105,6 +115,7 @@ class VLM:
       max_new_tokens,
       temperature=temperature,
       top_p=top_p,
+      top_k=top_k,
       seed=seed,
       decode_cross_attention=decode_cross_attention,
     )
@@ -122,7 +133,8 @@ class VLM:
       video: a video or picture file, or several; None asks without any.
       question: text, or the turns of a conversation; `<video>` in it marks a video's place.
       max_new_tokens: at most so many.
-      **options: temperature, top_p, seed and decode_cross_attention, as in `generate_ids`.
+      **options: `stop`, a list of strings before which the answer ends; temperature, top_p, top_k,
+        seed and decode_cross_attention, as in `generate_ids`.
 
     Raises:
       UserError: the video cannot be read, the checkpoint has no tokenizer, or the prompt is too
@@ -138,7 +150,7 @@ class VLM:
     **options: Any,
   ) -> Iterator[str]:
     """Pieces of what `chat` returns, as they come."""
-    sessions = [self.engine.encode(read_media(p, self.export).images) for p in _listed(video)]
+    sessions = [self.sessions.encode(read_media(p, self.export).images) for p in _listed(video)]
     return self.engine.stream(question, sessions, max_new_tokens, **options)
 
   def _sessions(
@@ -157,7 +169,7 @@ class VLM:
       for i, sample in enumerate(arrays)
       for j, array in enumerate(sample)
     }
-    sessions = {key: self.engine.encode(array) for key, array in pixels.items()}
+    sessions = {key: self.sessions.encode(array) for key, array in pixels.items()}
     return [tuple(sessions[id(array)] for array in sample) for sample in arrays]
 
   def _checked(self, media: Any, name: str) -> Float[np.ndarray, "F h w C"]:
