@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from slowfast_jax.models.layers import (
   LayerNorm,
   Projection,
+  Rngs,
   add_param,
   make_param,
   stack,
@@ -94,7 +95,7 @@ class ConvNeXtConfig:
 class DepthwiseConv(nnx.Module):
   """Each channel convolved with its own square kernel; the grid keeps its size."""
 
-  def __init__(self, size: int, width: int, *, rngs: nnx.Rngs):
+  def __init__(self, size: int, width: int, *, rngs: Rngs):
     init = nnx.initializers.variance_scaling(
       1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=2
     )
@@ -118,7 +119,7 @@ class DepthwiseConv(nnx.Module):
 class ConvNeXtBlock(nnx.Module):
   """7x7 depthwise convolution, norm, MLP, and a learned scale of what the block adds."""
 
-  def __init__(self, width: int, eps: float, *, rngs: nnx.Rngs):
+  def __init__(self, width: int, eps: float, *, rngs: Rngs):
     E, M = width, MLP_RATIO * width
     self.depthwise = DepthwiseConv(KERNEL_SIZE, E, rngs=rngs)
     self.norm = LayerNorm(E, eps=eps, rngs=rngs)
@@ -137,7 +138,7 @@ class ConvNeXtBlock(nnx.Module):
 class Stem(nnx.Module):
   """Squares of 4 x 4 pixels to channels, and a norm."""
 
-  def __init__(self, cfg: ConvNeXtConfig, *, rngs: nnx.Rngs):
+  def __init__(self, cfg: ConvNeXtConfig, *, rngs: Rngs):
     self.conv = square_projection(STEM_STRIDE, 3, cfg.widths[0], rngs=rngs)
     self.norm = LayerNorm(cfg.widths[0], eps=cfg.norm_eps, rngs=rngs)
 
@@ -148,7 +149,7 @@ class Stem(nnx.Module):
 class Stage(nnx.Module):
   """Halves the grid, unless it is the first stage, and runs its blocks."""
 
-  def __init__(self, cfg: ConvNeXtConfig, index: int, *, rngs: nnx.Rngs):
+  def __init__(self, cfg: ConvNeXtConfig, index: int, *, rngs: Rngs):
     width, before = cfg.widths[index], cfg.widths[max(index - 1, 0)]
     halves = index > 0
     self.downsample_norm = LayerNorm(before, eps=cfg.norm_eps, rngs=rngs) if halves else None
@@ -172,7 +173,7 @@ class Stage(nnx.Module):
 class ConvNeXt(nnx.Module):
   """Normalised frames to tokens [B, P, E], row by row of the last stage's grid."""
 
-  def __init__(self, cfg: ConvNeXtConfig, *, rngs: nnx.Rngs):
+  def __init__(self, cfg: ConvNeXtConfig, *, rngs: Rngs):
     self.cfg = cfg
     self.stem = Stem(cfg, rngs=rngs)
     self.stages = nnx.List(Stage(cfg, i, rngs=rngs) for i in range(len(cfg.depths)))
@@ -187,7 +188,7 @@ class ConvNeXt(nnx.Module):
     return einops.rearrange(x, "B y x E -> B (y x) E")
 
 
-def square_projection(size: int, in_width: int, out_width: int, *, rngs: nnx.Rngs) -> Projection:
+def square_projection(size: int, in_width: int, out_width: int, *, rngs: Rngs) -> Projection:
   """A convolution whose stride is its kernel's size: one linear map of every square."""
   return Projection(
     "...hwC,hwCE->...E",

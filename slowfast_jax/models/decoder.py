@@ -19,6 +19,7 @@ from slowfast_jax.models.layers import (
   Embedding,
   Projection,
   RMSNorm,
+  Rngs,
   layer_of,
   linear,
   stack,
@@ -83,7 +84,7 @@ ReadSlow = Callable[[Array, Array], Array]
 class SelfAttention(nnx.Module):
   """Grouped-query attention up to, and from, the heads' outputs; the mixing is handed in."""
 
-  def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
+  def __init__(self, cfg: DecoderConfig, *, rngs: Rngs):
     D, N, K, H = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     axes = ("embed", "heads", None)
     bias = cfg.qkv_bias
@@ -107,7 +108,7 @@ class SelfAttention(nnx.Module):
 class GatedMLP(nnx.Module):
   """`down(silu(gate x) * up x)`."""
 
-  def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
+  def __init__(self, cfg: DecoderConfig, *, rngs: Rngs):
     D, M = cfg.width, cfg.mlp_width
     self.gate = Projection("...D,DM->...M", (D, M), ("embed", "mlp"), rngs=rngs)
     self.up = Projection("...D,DM->...M", (D, M), ("embed", "mlp"), rngs=rngs)
@@ -122,7 +123,7 @@ class GatedMLP(nnx.Module):
 class DecoderLayer(nnx.Module):
   """One layer; a hybrid layer is the same layer with a `read_slow` hook."""
 
-  def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
+  def __init__(self, cfg: DecoderConfig, *, rngs: Rngs):
     self.input_norm = RMSNorm(cfg.width, eps=cfg.norm_eps, rngs=rngs)
     self.attention = SelfAttention(cfg, rngs=rngs)
     self.post_norm = RMSNorm(cfg.width, eps=cfg.norm_eps, rngs=rngs)
@@ -154,7 +155,7 @@ class DecoderLayer(nnx.Module):
 class Decoder(nnx.Module):
   """Embedding, stacked layers, final norm and output projection."""
 
-  def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
+  def __init__(self, cfg: DecoderConfig, *, rngs: Rngs):
     self.cfg = cfg
     self.embed = Embedding(cfg.vocab_size, cfg.width, rngs=rngs)
     self.layers = stack(lambda r: DecoderLayer(cfg, rngs=r), cfg.num_layers, rngs=rngs)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from slowfast_jax.kernels.cross_attention import cross_attention
 from slowfast_jax.kernels.cross_attention.context_parallel import Layout, cross_attention_on_mesh
 from slowfast_jax.models.decoder import Decoder, DecoderConfig
-from slowfast_jax.models.layers import Projection, RMSNorm, make_param
+from slowfast_jax.models.layers import Projection, RMSNorm, Rngs, make_param
 from slowfast_jax.sharding import RULES, mesh_in_force
 
 GATES = ("dynamic", "dynamic-tanh", "dynamic-tanh-warmup")
@@ -99,7 +99,7 @@ def read_slow(
 class HybridAdapter(nnx.Module):
   """Slow keys and values, and the gate, of one hybrid layer."""
 
-  def __init__(self, cfg: HybridConfig, decoder: DecoderConfig, *, rngs: nnx.Rngs):
+  def __init__(self, cfg: HybridConfig, decoder: DecoderConfig, *, rngs: Rngs):
     D, N, K, H = decoder.width, decoder.num_heads, decoder.num_kv_heads, decoder.head_dim
     self.cfg = cfg
     # Head-major (K, 2, H), as in released checkpoints.

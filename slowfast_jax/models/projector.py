@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from slowfast_jax.models.layers import TOKEN_SCALE, Projection
+from slowfast_jax.models.layers import TOKEN_SCALE, Projection, Rngs
 
 
 def projector_depth(kind: str) -> int:
@@ -27,7 +27,7 @@ def projector_depth(kind: str) -> int:
 class Projector(nnx.Module):
   """Linear, then (GELU, Linear) n - 1 times; GELU is the exact one."""
 
-  def __init__(self, kind: str, in_width: int, out_width: int, *, rngs: nnx.Rngs):
+  def __init__(self, kind: str, in_width: int, out_width: int, *, rngs: Rngs):
     widths = [in_width] + [out_width] * projector_depth(kind)
     # Visual tokens enter the decoder at the size of its words.
     gains = [1.0] * (len(widths) - 2) + [TOKEN_SCALE]

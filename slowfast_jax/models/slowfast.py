@@ -26,7 +26,7 @@ from slowfast_jax.models.decoder import (
   cache_mask,
 )
 from slowfast_jax.models.hybrid import HybridAdapter, HybridConfig, SlowKV, SlowQuery, slow_query
-from slowfast_jax.models.layers import layer_of, stack
+from slowfast_jax.models.layers import Rngs, layer_of, stack
 from slowfast_jax.models.projector import Projector, projector_depth
 from slowfast_jax.models.remat import remat
 from slowfast_jax.models.vision import VisionConfig, make_vision
@@ -81,7 +81,7 @@ class SlowFastConfig:
     return sum(num_params_by_part(self).values())
 
 
-def make_adapters(hybrid: HybridConfig, decoder: DecoderConfig, *, rngs: nnx.Rngs) -> HybridAdapter:
+def make_adapters(hybrid: HybridConfig, decoder: DecoderConfig, *, rngs: Rngs) -> HybridAdapter:
   """The adapters of all hybrid layers, as one stack."""
   count = len(hybrid.layers(decoder.num_layers))
   return stack(lambda r: HybridAdapter(hybrid, decoder, rngs=r), count, rngs=rngs)
@@ -90,7 +90,7 @@ def make_adapters(hybrid: HybridConfig, decoder: DecoderConfig, *, rngs: nnx.Rng
 class SlowFast(nnx.Module):
   """A video language model with few fast tokens in its sequence and all slow tokens beside it."""
 
-  def __init__(self, cfg: SlowFastConfig, *, rngs: nnx.Rngs):
+  def __init__(self, cfg: SlowFastConfig, *, rngs: Rngs):
     self.cfg = cfg
     self.vision = make_vision(cfg.vision, rngs=rngs)
     self.projector = Projector(cfg.projector, cfg.vision.width, cfg.decoder.width, rngs=rngs)

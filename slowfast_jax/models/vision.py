@@ -5,14 +5,13 @@ Each maps normalised frames [B, h, w, C] to tokens [B, P, E], and its config kno
 the grid of tokens (`side`), their `width`, and how pixels are normalised.
 """
 
-from flax import nnx
-
 from slowfast_jax.models.convnext import ConvNeXt, ConvNeXtConfig
+from slowfast_jax.models.layers import Rngs
 from slowfast_jax.models.vit import ViT, ViTConfig
 
 VisionConfig = ViTConfig | ConvNeXtConfig
 
 
-def make_vision(cfg: VisionConfig, *, rngs: nnx.Rngs) -> ViT | ConvNeXt:
+def make_vision(cfg: VisionConfig, *, rngs: Rngs) -> ViT | ConvNeXt:
   """A fresh encoder of the config's family."""
   return ConvNeXt(cfg, rngs=rngs) if isinstance(cfg, ConvNeXtConfig) else ViT(cfg, rngs=rngs)

@@ -18,6 +18,7 @@ from slowfast_jax.kernels.self_attention import padded_length, self_attention
 from slowfast_jax.models.layers import (
   LayerNorm,
   Projection,
+  Rngs,
   add_param,
   make_param,
   stack,
@@ -94,7 +95,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class ViTBlock(nnx.Module):
   """Self-attention over the patches of one frame, then an MLP."""
 
-  def __init__(self, cfg: ViTConfig, *, rngs: nnx.Rngs):
+  def __init__(self, cfg: ViTConfig, *, rngs: Rngs):
     E, N, M = cfg.width, cfg.num_heads, cfg.mlp_width
     H = E // N
     # As in the decoder: the branches together add one variance.
@@ -134,7 +135,7 @@ class ViTBlock(nnx.Module):
 class ViT(nnx.Module):
   """Normalised frames to patch tokens [B, P, E], class token dropped."""
 
-  def __init__(self, cfg: ViTConfig, *, rngs: nnx.Rngs):
+  def __init__(self, cfg: ViTConfig, *, rngs: Rngs):
     self.cfg = cfg
     E, p = cfg.width, cfg.patch_size
     siglip = cfg.family == "siglip"

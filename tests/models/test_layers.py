@@ -9,6 +9,7 @@ from flax import nnx
 
 from slowfast_jax.models.layers import (
   Embedding,
+  Keys,
   LayerNorm,
   Projection,
   RMSNorm,
@@ -115,3 +116,10 @@ def test_what_only_a_frozen_kernel_would_need_is_not_kept():
 
   assert memory(0) > 16 * x.nbytes
   assert memory(1) < 4 * x.nbytes
+
+
+def test_keys_are_those_of_the_librarys_stream():
+  key = jax.random.key(3)
+  ours, theirs = Keys(key), nnx.Rngs(key)
+  for _ in range(3):
+    assert jnp.array_equal(jax.random.key_data(ours.params()), jax.random.key_data(theirs.params()))
