@@ -9,6 +9,7 @@ CPU in a minute.
 import ml_collections
 from ml_collections.config_dict import create
 
+from slowfast_jax.defaults import training_defaults
 from slowfast_jax.errors import UsageError
 from slowfast_jax.models.presets import PRESETS
 
@@ -28,7 +29,6 @@ def sft(size: str, decoder: str, tower: str, num_frames: int) -> ml_collections.
   """Stage 2: all of the model learns at 2e-5, the encoder too."""
   c = _common(decoder, tower, num_frames)
   c.optimizer.learning_rate = 2e-5
-  c.optimizer.groups = ()
   return _sized(c, size, learning_rate=2e-3)
 
 
@@ -36,12 +36,8 @@ def _common(decoder: str, tower: str, num_frames: int) -> ml_collections.ConfigD
   """What both stages share."""
   preset = f"slowfast-{decoder}-{TOWERS[tower]}-{num_frames}f"
   model = PRESETS[preset]
-  c = ml_collections.ConfigDict()
-  c.seed = 0
-  c.system = "You are a helpful assistant."
-  c.model = create(preset=preset, slow=True, hybrid_init="decoder")
-  for part in ("vision", "decoder", "compressor", "hybrid"):
-    c.model[part] = ml_collections.ConfigDict()  # Fields of the preset that differ: none.
+  c = training_defaults()
+  c.model.preset = preset
   c.video = create(
     sampler="fps", target_fps=4.0, policy="clip" if tower == "convnext" else "siglip"
   )
@@ -49,10 +45,6 @@ def _common(decoder: str, tower: str, num_frames: int) -> ml_collections.ConfigD
   pooled = (model.vision.side // model.compressor.video_pooling_stride) ** 2
   fast = 16 * pooled  # Every released setting leaves 16 fast frames.
   length = 3072 if tower == "convnext" else 4096
-  c.data = ml_collections.ConfigDict()
-  c.data.records = ""
-  c.data.mixture = ""
-  c.data.tokenizer = ""  # The one of train.init_from.
   c.data.batch_size = 256
   c.data.num_frames = num_frames
   c.data.decoder_length = length
@@ -61,38 +53,18 @@ def _common(decoder: str, tower: str, num_frames: int) -> ml_collections.ConfigD
   # Texts and still images, whose tokens are not pooled, have steps of their own.
   image = model.vision.tokens_per_frame
   c.data.buckets = ((1, length, length - image, c.data.batch_size),)
-  c.data.targets = "assistant"
   c.data.read_threads = 4
   c.data.workers = 4
-  c.data.random_offset = False
-  c.data.max_failure_rate = 0.1
 
-  c.train = ml_collections.ConfigDict()
   c.train.steps = 2000  # One epoch: samples (`slowfast inspect RECORDS`) / data.batch_size.
   c.train.dtype = "bfloat16"
   c.train.remat = "full"
-  c.train.accumulation = 1
-  c.train.z_loss = 0.0
-  c.train.log_every = 10
   c.train.checkpoint_every = 250
   c.train.keep = 2
-  c.train.keep_best = ""
-  c.train.max_skipped = 10
-  c.train.profile = (0, 0)
-  c.train.hang_seconds = 1800.0
-  c.train.trackers = ""
-  c.train.init_from = ""
 
-  c.optimizer = create(name="adamw", schedule="cosine", decay_steps=0, final_fraction=0.0)
   c.optimizer.warmup_steps = c.train.get_ref("steps") * 3 // 100
-  c.optimizer.weight_decay = 0.0
-  c.optimizer.b1 = 0.9
   c.optimizer.b2 = 0.999
-  c.optimizer.max_grad_norm = 1.0
-  c.optimizer.layer_decay = 1.0
-
-  c.eval = create(every=0, config="configs/eval_jsonl.py", questions="", videos="")
-  c.mesh = create(data=1, fsdp=-1, context=1, tensor=1)
+  c.mesh.data, c.mesh.fsdp = 1, -1
   return c
 
 

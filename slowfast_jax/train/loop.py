@@ -63,7 +63,7 @@ def train(
   """Trains, or goes on where the same command stopped.
 
   Args:
-    config: see configs/demo.py.
+    config: its fields are those of `defaults.training_defaults`.
     workdir: gets checkpoints/, metrics.jsonl, telemetry.jsonl and, at the end, export/ and
       report.html; docs/training.md has them all.
     progress: is told of every step.

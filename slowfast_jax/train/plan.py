@@ -80,7 +80,7 @@ def make_plan(config: ml_collections.ConfigDict, devices: list | None = None) ->
   """Checks all that a config says of the program; no file is opened.
 
   Args:
-    config: see configs/demo.py.
+    config: its fields are those of `defaults.training_defaults`.
     devices: what the mesh is made of, described ones too; None: those of this machine.
 
   Raises:
