@@ -24,6 +24,8 @@ os.environ.setdefault(
   str(Path(tempfile.gettempdir()) / f"slowfast-jax-tests-{getpass.getuser()}"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Tests compile for longer than they compute.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import filelock
 import jax
@@ -32,8 +34,6 @@ import pytest
 
 # Sharded tests always run; a program for one device is not slower for it (measured: under 5%).
 jax.config.update("jax_num_cpu_devices", 8)
-# Tests compile for longer than they compute. Processes that they start compile as users' do.
-jax.config.update("jax_disable_most_optimizations", True)
 
 # `Batch` itself stays unchecked: JAX builds it of shapes, shardings and specs too.
 import slowfast_jax.shapes  # noqa: E402, F401
@@ -61,12 +61,17 @@ def pytest_collection_modifyitems(items):
 
 @dataclasses.dataclass(frozen=True)
 class Shell:
-  """A folder, and real processes of this checkout in it."""
+  """A folder, and real processes of this checkout in it.
+
+  With `optimised`, what they compile is as fast as users have it: for those that compute for long.
+  """
 
   path: Path
+  optimised: bool = False
 
   def python(self, *words: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0" if self.optimised else "1"
     return subprocess.run(
       [sys.executable, *words], cwd=self.path, env=environment, capture_output=True, text=True
     )
@@ -98,9 +103,26 @@ def demo_run(tmp_path_factory):
   own = tmp_path_factory.getbasetemp()
   folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "demo"
   folder.mkdir(exist_ok=True)
-  shell, ended = Shell(folder), folder / "ended.pickle"
+  shell, ended = Shell(folder, optimised=True), folder / "ended.pickle"
   command = "slowfast demo --workdir runs/demo --fast"
   with filelock.FileLock(folder / "lock"):
     if not ended.exists():
       ended.write_bytes(pickle.dumps(shell.slowfast(command)))
   return DemoRun(shell, command, pickle.loads(ended.read_bytes()))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  """Training, evaluation and chat on one device, for tests of anything but the mesh.
+
+  Eight devices on two cores spend their time on waiting for one another.
+  """
+  from slowfast_jax.cli import chat
+  from slowfast_jax.eval import hosts
+  from slowfast_jax.sharding import make_mesh
+  from slowfast_jax.train import plan
+
+  with pytest.MonkeyPatch.context() as patch:
+    for module in (plan, hosts, chat):
+      patch.setattr(module, "make_mesh", lambda sizes, *_: make_mesh(sizes, jax.devices()[:1]))
+    yield

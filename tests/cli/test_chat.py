@@ -18,13 +18,7 @@ from slowfast_jax.sharding import make_mesh
 from tests.data.video_files import VideoSpec, write_video
 from tests.generate.tiny import make_export
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-  """Eight devices on two cores spend their time on waiting for one another."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(verb, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
-    yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

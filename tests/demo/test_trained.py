@@ -29,7 +29,7 @@ demo.report()
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-  shell = Shell(tmp_path_factory.mktemp("trained"))
+  shell = Shell(tmp_path_factory.mktemp("trained"), optimised=True)
   outcome = shell.python("-c", CODE)
   assert outcome.returncode == 0, outcome.stderr[-4000:]
   return shell.json("demo/report.json")

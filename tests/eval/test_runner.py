@@ -21,6 +21,8 @@ from slowfast_jax.generate.engine import Engine
 from tests.data.video_files import VideoSpec, write_video
 from tests.generate.tiny import make_export
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 KILLED_AFTER = 4
 # A random model says no letter: read one from whatever it says.
 PARSE = "['A', 'B', ''][sum(map(ord, reply)) % 3]"
@@ -92,7 +94,7 @@ def lines_of(workdir):
 
 
 @pytest.fixture(scope="module")
-def unbroken(files):
+def unbroken(files, one_device):
   results = evaluate(settings(files), files / "export", files / "unbroken")
   return results, lines_of(files / "unbroken")
 
@@ -115,8 +117,7 @@ def test_a_killed_run_goes_on(files, unbroken, tmp_path):
   script = tmp_path / "killed.py"
   script.write_text(KILLED.format(after=KILLED_AFTER, parse=PARSE))
   command = [sys.executable, script, files / "export", tmp_path / "run", *overrides(files)]
-  # As many devices as here, so that it finds its programs in the cache.
-  environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_NUM_CPU_DEVICES": "8"}
+  environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_NUM_CPU_DEVICES": "1"}
   killed = subprocess.run(
     [str(word) for word in command], env=os.environ | environment, timeout=120
   )

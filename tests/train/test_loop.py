@@ -4,7 +4,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -62,9 +61,7 @@ class Command:
 
   def __enter__(self):
     pipe = subprocess.PIPE
-    # Compiling is most of a run that is so short.
-    env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    self.process = subprocess.Popen(self._argv, stdout=pipe, stderr=pipe, text=True, env=env)
+    self.process = subprocess.Popen(self._argv, stdout=pipe, stderr=pipe, text=True)
     return self
 
   def __exit__(self, *_):

@@ -13,6 +13,8 @@ from slowfast_jax.generate.engine import Engine
 from tests.eval.tasks.releases import write_release
 from tests.generate.tiny import make_export
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 # A random model says nothing that parses: what it says chooses one of these.
 REPLIES = {
   "tempcompass_yes_no": ("Yes.", "no", "perhaps"),
