@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mesh, the table of axes, and arrays that are created where they belong."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +74,44 @@ def test_a_mesh_of_some_devices():
 def test_mesh_errors(sizes, words):
   with pytest.raises(UserError, match=words):
     make_mesh(sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceOfSlice:
+  """As much of a TPU's device as the making of a mesh looks at."""
+
+  id: int
+  slice_index: int
+  process_index: int = 0
+  platform: str = "cpu"
+  device_kind: str = "cpu"
+
+
+# As JAX may list them: neighbours belong to different slices.
+TWO_SLICES = [DeviceOfSlice(i, i % 2) for i in range(16)]
+
+
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    {"data": 2, "fsdp": -1},
+    {"data": 4, "fsdp": 2, "tensor": 2},
+    {"data": 2, "fsdp": 2, "context": 4},
+    {"data": 16},
+  ],
+)
+def test_only_the_data_axis_reaches_from_slice_to_slice(sizes):
+  mesh = make_mesh(sizes, TWO_SLICES)
+  assert {device.id for device in mesh.devices.flat} == set(range(16))
+  slices = [{device.slice_index for device in part.flat} for part in mesh.devices]
+  half = mesh.shape["data"] // 2
+  assert slices == [{0}] * half + [{1}] * half
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 16}, {"data": 1, "context": 16}])
+def test_a_mesh_whose_data_axis_cannot_reach_over_the_slices_is_an_error(sizes):
+  with pytest.raises(UserError, match="data must be a multiple of the 2 slices, got 1; for .*=2"):
+    make_mesh(sizes, TWO_SLICES)
 
 
 def test_rules_name_axes_of_the_mesh():
