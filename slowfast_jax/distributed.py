@@ -20,6 +20,8 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # Key in the store of the coordinator: some process leaves, so all others have to.
 _LEAVING = "slowfast_jax/leaving"
 
+_meeting = False  # Whether this process waits for the others.
+
 
 def initialize() -> None:
   """Joins the other processes, if there are any; to be called before anything touches a device.
@@ -31,6 +33,15 @@ def initialize() -> None:
     return
   # JAX would take SIGTERM for itself; see `train.preemption`.
   jax.config.update("jax_enable_preemption_service", False)
+  global _meeting
+  _meeting = True
+  try:
+    _meet()
+  finally:
+    _meeting = False
+
+
+def _meet() -> None:
   given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
   if given:
     jax.distributed.initialize(*_parse(given))
@@ -77,10 +88,24 @@ def sum_over_processes(size: int) -> Callable[[list[int]], Int[Array, " n"]]:
   return total
 
 
+def part() -> None:
+  """Waits until all other processes are done too, if there are any."""
+  if jax.distributed.is_initialized():
+    jax.distributed.shutdown()
+
+
+def is_first() -> bool:
+  """Whether this is process 0, also while its devices are being found.
+
+  `jax.process_index` waits for them, and they for all other processes.
+  """
+  return _state().process_id == 0
+
+
 def tell_leaving() -> None:
   """Tells all other processes that this one leaves; see `someone_leaves`."""
   if (client := _client()) is not None:
-    client.key_value_set(_LEAVING, str(jax.process_index()), allow_overwrite=True)
+    client.key_value_set(_LEAVING, str(_state().process_id), allow_overwrite=True)
 
 
 def someone_leaves() -> bool:
@@ -95,7 +120,12 @@ def someone_leaves() -> bool:
 
 
 def _client():
+  """The coordinator's store, once all have met: asked earlier, it ends the process."""
+  return None if _meeting else _state().client
+
+
+def _state():
   # JAX has no public name for the coordinator's store; Orbax takes it from here too.
   from jax._src import distributed
 
-  return distributed.global_state.client
+  return distributed.global_state

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  # Until the loop takes over; importing takes seconds, so that comes after it.
+  # Until `Preemption` takes over; importing takes seconds, so that comes after it.
   before = signal.signal(signal.SIGTERM, lambda *_: os._exit(_PREEMPTED))
   try:
     return _train(args)
@@ -55,26 +55,32 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-  import jax
-
   from slowfast_jax import distributed
   from slowfast_jax.cli.progress import Progress
   from slowfast_jax.config import load_config
   from slowfast_jax.train import loop
+  from slowfast_jax.train.preemption import Preemption
 
   config = load_config(args.config, args.overrides)
-  distributed.initialize()
-  if args.export:
-    loop.export(config, args.workdir, args.export, print)
-    return loop.DONE
-  with Progress("Training", "steps", enabled=jax.process_index() == 0) as progress:
+  # From before the processes meet: they wait for each other, and for one that leaves in vain.
+  with Preemption(print) as preemption:
+    with preemption.nothing_to_lose():
+      distributed.initialize()
+      if args.export:
+        loop.export(config, args.workdir, args.export, print)
+        return loop.DONE
+    with Progress("Training", "steps", enabled=distributed.is_first()) as progress:
 
-    def show(done: int, total: int, text: str) -> None:
-      progress(done, total, text=text)
+      def show(done: int, total: int, text: str) -> None:
+        progress(done, total, text=text)
 
-    code = loop.train(config, args.workdir, show, progress.say, _evaluation(config))
-  if code == loop.PREEMPTED:
-    print("stopped by SIGTERM and saved; the same command goes on")
+      evaluation = _evaluation(config)
+      code = loop.train(config, args.workdir, show, progress.say, evaluation, preemption)
+    if code == loop.PREEMPTED:
+      print("stopped by SIGTERM and saved; the same command goes on")
+      return code
+    with preemption.nothing_to_lose():
+      distributed.part()
   return code
 
 

@@ -19,12 +19,13 @@ from typing import Any
 
 import jax
 
-from slowfast_jax.distributed import someone_leaves, tell_leaving
+from slowfast_jax.distributed import is_first, someone_leaves, tell_leaving
 
 PREEMPTED = 42
 
 _POLL_SECONDS = 0.5  # Between two looks at whether another process leaves.
-_FAREWELL_SECONDS = 4 * _POLL_SECONDS  # For the others to see it, while the coordinator lives.
+# For the others to see it before they miss this process; the coordinator leaves last.
+_FAREWELL_SECONDS = 2 * _POLL_SECONDS
 
 
 class Preemption:
@@ -114,9 +115,9 @@ class Preemption:
     if self._asked:
       self._say("stopped by SIGTERM with nothing new to save; the same command goes on")
       tell_leaving()
-    # Process 0 is the coordinator: without it the others would be stopped by an error.
-    if jax.distributed.is_initialized() and jax.process_index() == 0:
-      time.sleep(_FAREWELL_SECONDS)
+    if jax.distributed.is_initialized():
+      # Process 0 is the coordinator.
+      time.sleep(2 * _FAREWELL_SECONDS if is_first() else _FAREWELL_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()
     self._leave(PREEMPTED)

@@ -100,6 +100,11 @@ def outcome_of(workdir: Path) -> tuple[dict[str, np.ndarray], bytes]:
   return arrays, (workdir / "metrics.jsonl").read_bytes()
 
 
+def logs_of(workdir: Path) -> list[str]:
+  """What each process has said, the lives of a run one after the other."""
+  return [path.read_text() for path in sorted(workdir.parent.glob(f"{workdir.name}-*.log"))]
+
+
 def moment_of(workdir: Path, running: list[subprocess.Popen]) -> str:
   """What a run is doing, as far as its folder tells."""
   if all(process.poll() is not None for process in running):
@@ -119,9 +124,10 @@ def interrupt(runs: Runs, workdir: Path, how: signal.Signals, delay: float, chan
   victims = running if how == signal.SIGKILL else [chance.choice(running)]
   for process in victims:
     process.send_signal(how)
-  if not wait(running, 180):
+  if not wait(running, 90):
     # One left before it had met the others, and they wait for it: as long as JAX says, 300 s.
-    assert moment == "before the first save", f"{workdir}: {how.name} after {delay:.2f} s"
+    words = f"{workdir}: {how.name} after {delay:.2f} s"
+    assert moment == "before the first save", f"{words}: {logs_of(workdir)}"
     moment = "before all had met"
     for process in running:
       process.kill()
@@ -134,8 +140,7 @@ def finish(runs: Runs, workdir: Path) -> float:
   running = runs.start(workdir)
   assert wait(running, 300), f"{workdir}: it hangs"
   codes = [process.returncode for process in running]
-  logs = [path.read_text()[-2000:] for path in workdir.parent.glob(f"{workdir.name}-*.log")]
-  assert codes == [0] * runs.processes, f"{workdir}: exit codes {codes}: {logs}"
+  assert codes == [0] * runs.processes, f"{workdir}: exit codes {codes}: {logs_of(workdir)}"
   return time.monotonic() - began
 
 
@@ -145,8 +150,7 @@ def check_same(workdir: Path, expected: tuple[dict[str, np.ndarray], bytes]) -> 
   for name, value in expected[0].items():
     np.testing.assert_array_equal(params[name], value, err_msg=f"{workdir}: {name}")
   assert metrics == expected[1], f"{workdir}: metrics.jsonl is another"
-  logs = "".join(path.read_text() for path in workdir.parent.glob(f"{workdir.name}-*.log"))
-  assert "torn" not in logs, f"{workdir}: a checkpoint could not be restored"
+  assert "torn" not in "".join(logs_of(workdir)), f"{workdir}: a checkpoint could not be restored"
 
 
 def run_matrix(folder: Path, kills: int, terms: int, processes: int, seed: int) -> dict[str, int]:
@@ -170,7 +174,9 @@ def run_matrix(folder: Path, kills: int, terms: int, processes: int, seed: int) 
     told[f"{how.name} {moment}: exit {codes}"] += 1
     if how == signal.SIGTERM and moment not in ("already done", "before all had met"):
       # Python itself takes a moment to start, and has no handler until then.
-      assert set(codes) <= {42, 0} or -signal.SIGTERM in codes, f"{workdir}: {codes}"
+      assert set(codes) <= {42, 0} or -signal.SIGTERM in codes, (
+        f"{workdir}: {codes}: {logs_of(workdir)}"
+      )
     if i % 2 or i == len(todo) - 1:
       finish(runs, workdir)
       check_same(workdir, expected)
