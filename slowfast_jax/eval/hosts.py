@@ -7,6 +7,7 @@ first question and after the last one.
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -19,8 +20,12 @@ from slowfast_jax.sharding import make_mesh
 _PATIENCE_MS = 7 * 24 * 3600 * 1000
 
 
-def wait_for_all(place: str) -> None:
+def wait_for_all(folder: Path, place: str) -> None:
   """Returns when every process is at this place; a process must not come there twice.
+
+  Args:
+    folder: of the evaluation. A training run has several, in folders of other names.
+    place: in the program.
 
   Raises:
     UserError: another process has stopped.
@@ -28,7 +33,9 @@ def wait_for_all(place: str) -> None:
   if jax.process_count() == 1:
     return
   try:
-    multihost.get_barrier_sync_fn()(key=f"slowfast_jax/eval/{place}", timeout_ms=_PATIENCE_MS)
+    multihost.get_barrier_sync_fn()(
+      key=f"slowfast_jax/eval/{folder.name}/{place}", timeout_ms=_PATIENCE_MS
+    )
   except jax.errors.JaxRuntimeError as error:
     raise UserError(
       "Another process of this evaluation has stopped, see its messages; start all of them again, "

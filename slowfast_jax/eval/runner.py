@@ -84,7 +84,7 @@ def evaluate(
   # Batches mix videos, but their order is that of the videos.
   order = [question.id for group in _by_video(questions, ()).values() for question in group]
   with _open_predictions(folder, run, config.retry_errors) as predictions:
-    wait_for_all("read")  # Now all know what is to be done, and nobody has begun.
+    wait_for_all(folder, "read")  # Now all know what is to be done, and nobody has begun.
     todo = _by_video(questions, predictions.done)
     mine = dict(list(todo.items())[jax.process_index() :: jax.process_count()])
     total = len(predictions.done) + sum(map(len, mine.values()))
@@ -92,10 +92,10 @@ def evaluate(
     if todo:  # Also where nothing is left for this process: opening a model, all may have to meet.
       asker = _Asker(config, checkpoint, task, predictions)
       asker.ask(mine, lambda: _tell(report, predictions, total))
-  wait_for_all("answered")
+  wait_for_all(folder, "answered")
   if jax.process_index() == 0:
     merge_parts(folder, order)
-  wait_for_all("merged")
+  wait_for_all(folder, "merged")
   found = join(task, docs, read_all(folder))
   results = {task.name: summarize(task, found)}
   if jax.process_index() == 0:

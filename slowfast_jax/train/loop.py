@@ -59,6 +59,7 @@ def train(
   progress: Progress | None = None,
   say: Say | None = None,
   evaluate: Evaluate | None = None,
+  preemption: Preemption | None = None,
 ) -> int:
   """Trains, or goes on where the same command stopped.
 
@@ -69,6 +70,8 @@ def train(
     progress: is told of every step.
     say: is told what happens around the steps, a line each.
     evaluate: what is done every `eval.every` steps.
+    preemption: whether the process has been asked to stop, of a caller who listens already; None:
+      it is listened from here on.
 
   Returns:
     0 when it is done, 42 when it was asked to stop (SIGTERM) and has saved. Asked while there is
@@ -77,17 +80,14 @@ def train(
   Raises:
     UserError: something that the user can mend, from a wrong field to a loss that is not finite.
   """
-  keep_freed_memory()
   progress, say = progress or (lambda *_: None), say or (lambda _: None)
   folder = epath.Path(workdir).absolute()
   options = options_of(config)
-  if options.eval_every and jax.process_count() > 1:
-    raise UserError(
-      "eval.every: a run of several processes does not evaluate; set it to 0, and give exports "
-      "(slowfast train ... --export latest) to slowfast eval."
-    )
-  with Preemption(say) as preemption, contextlib.ExitStack() as stack:
+  with contextlib.ExitStack() as stack:
+    if preemption is None:
+      preemption = stack.enter_context(Preemption(say))
     with preemption.nothing_to_lose():
+      keep_freed_memory()
       setup = open_setup(config)
       folder.mkdir(parents=True, exist_ok=True)
       scores = Scores(folder / "best.json", options.keep_best)
@@ -274,17 +274,22 @@ class _Run:
     """Evaluates the state, which is saved, unless that is done or not due."""
     if self.evaluate is None or not step or step % self.options.eval_every:
       return
-    lines = read_lines(self.folder / "metrics.jsonl")
-    if any(line["step"] == step and EVALUATED in line for line in lines):
+    first, together = jax.process_index() == 0, sum_over_processes(1)
+    lines = read_lines(self.folder / "metrics.jsonl") if first else []
+    done = any(line["step"] == step and EVALUATED in line for line in lines)
+    if int(together([done])[0]):
       return
     self.checkpoints.wait()
     with self.telemetry.aside(), self.preemption.nothing_to_lose():
       folder = self.folder / "eval" / str(step)
-      if folder.exists():
+      if first and folder.exists():
         folder.rmtree()  # Of another export, byte by byte, of the same state.
+      int(together([0])[0])  # Nobody writes before that, or reads before all is written.
       save_export(folder / "export", self.setup.export(state.params))
+      int(together([0])[0])
       found = self.evaluate(folder / "export", folder)
-      (folder / "export").rmtree()
+      if first:
+        (folder / "export").rmtree()
     self.metrics.write({"step": step, EVALUATED: True, **found})
     self.scores.rate(step, found, self.checkpoints.all_steps())
     for tracker in self.trackers:

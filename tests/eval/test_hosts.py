@@ -171,4 +171,4 @@ def test_a_process_that_waits_for_a_dead_one_says_so(monkeypatch):
   monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
   monkeypatch.setattr(hosts.multihost, "get_barrier_sync_fn", lambda: fail)
   with pytest.raises(UserError, match="Another process .* has stopped.*start all of them again"):
-    hosts.wait_for_all("read")
+    hosts.wait_for_all(Path("runs/mine"), "read")

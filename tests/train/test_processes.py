@@ -2,6 +2,7 @@
 """Two processes of four devices are one run: same losses, same step at which both stop."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ from etils import epath
 from slowfast_jax import distributed
 from slowfast_jax.errors import UserError
 from slowfast_jax.train.lines import read_lines
+from tests.data.video_files import VideoSpec, write_video
 from tests.train.tiny_run import TINY, overrides, write_data
 
 STEPS, LONG_ENOUGH = 32, 30
@@ -68,8 +70,28 @@ def finish(running):
   return [process.returncode for process in running], shown
 
 
+def lines_of(workdir, name):
+  lines = read_lines(epath.Path(workdir / "metrics.jsonl"))
+  return {line["step"]: line[name] for line in lines if name in line}
+
+
 def losses(workdir):
-  return {line["step"]: line["loss"] for line in read_lines(epath.Path(workdir / "metrics.jsonl"))}
+  return lines_of(workdir, "loss")
+
+
+def questions(folder):
+  """Options of an evaluation of four questions of two videos, at step 24 and every 24 steps."""
+  (folder / "videos").mkdir()
+  for i in range(2):
+    write_video(folder / f"videos/{i}.mp4", VideoSpec(num_frames=8))
+  docs = [
+    {"video": f"{i % 2}.mp4", "question": "Which?", "options": ["a", "b"], "answer": "A"}
+    for i in range(4)
+  ]
+  (folder / "test.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+  return (
+    "eval.every=24", f"eval.questions={folder / 'test.jsonl'}", f"eval.videos={folder / 'videos'}"
+  )  # fmt: skip
 
 
 def wait_for_step(running, workdir, step):
@@ -85,8 +107,8 @@ def test_two_processes_are_one_run_and_one_process_goes_on_with_it(data, tmp_pat
   with started(data, tmp_path / "alone") as running:
     codes, shown = finish(running)
     assert codes == [0], shown
-  mesh = ("mesh.fsdp=2", "train.steps=1000")
-  with started(data, tmp_path / "two", *mesh, processes=2, devices=4) as running:
+  more = ("mesh.fsdp=2", "train.steps=1000", *questions(tmp_path))
+  with started(data, tmp_path / "two", *more, processes=2, devices=4) as running:
     wait_for_step(running, tmp_path / "two", LONG_ENOUGH)
     running[1].send_signal(signal.SIGTERM)
     codes, shown = finish(running)
@@ -95,6 +117,7 @@ def test_two_processes_are_one_run_and_one_process_goes_on_with_it(data, tmp_pat
   together = losses(tmp_path / "two")
   (saved,) = [int(path.name) for path in (tmp_path / "two" / "checkpoints").iterdir()]
   assert max(together) == saved, "both stop after one step, and that is saved"
+  assert lines_of(tmp_path / "two", "n")[24] == 4, "each has answered the questions of its videos"
   alone = losses(tmp_path / "alone")
   common = sorted(set(alone) & set(together))
   assert len(common) >= LONG_ENOUGH
