@@ -27,6 +27,9 @@ def training_defaults() -> ml_collections.ConfigDict:
 def _model() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.slow = True  # False: no hybrid layers, the fast tokens alone.
+  c.lora = create(  # Adapters of the decoder, which itself stays as it is; rank 0: none.
+    rank=0, alpha=32.0, modules=("q", "k", "v", "out", "gate", "up", "down")
+  )
   c.hybrid_init = "decoder"  # How a slow path that is added starts; or "reference".
   for part in ("vision", "decoder", "compressor", "hybrid"):
     c[part] = ml_collections.ConfigDict()  # Fields of the preset that differ.

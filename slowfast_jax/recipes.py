@@ -2,7 +2,8 @@
 """The training recipe of the released models (semantics section 6); configs/pretrain_* and sft_*.
 
 Stage 1 (`pretrain`) teaches the projector and the slow path to a language model and an encoder that
-stay as they are. Stage 2 (`sft`) trains all of it. `tiny` makes a twin of either that learns on a
+stay as they are. Stage 2 (`sft`) trains all of it; `sft_lora` gives the language model adapters
+instead, which is not of the released recipe. `tiny` makes a twin of either that learns on a
 CPU in a minute.
 """
 
@@ -30,6 +31,15 @@ def sft(size: str, decoder: str, tower: str, num_frames: int) -> ml_collections.
   c = _common(decoder, tower, num_frames)
   c.optimizer.learning_rate = 2e-5
   return _sized(c, size, learning_rate=2e-3)
+
+
+def sft_lora(size: str, decoder: str, tower: str, num_frames: int) -> ml_collections.ConfigDict:
+  """Stage 2 with adapters: they learn at 2e-4 and the decoder stays as it is; else as `sft`."""
+  c = sft(size, decoder, tower, num_frames)
+  c.model.lora.rank = 64 if size == "full" else 4
+  c.model.lora.alpha = 2.0 * c.model.lora.rank
+  c.optimizer.groups = (("lora", 10.0 if size == "full" else 1.0),)
+  return c
 
 
 def _common(decoder: str, tower: str, num_frames: int) -> ml_collections.ConfigDict:

@@ -27,6 +27,7 @@ from slowfast_jax.models.decoder import (
 )
 from slowfast_jax.models.hybrid import HybridAdapter, HybridConfig, SlowKV, SlowQuery, slow_query
 from slowfast_jax.models.layers import Rngs, layer_of, stack
+from slowfast_jax.models.lora import LoraConfig, add_lora
 from slowfast_jax.models.projector import Projector, projector_depth
 from slowfast_jax.models.remat import remat
 from slowfast_jax.models.vision import VisionConfig, make_vision
@@ -60,13 +61,17 @@ class CompressorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SlowFastConfig:
-  """The parts of a slow-fast model; `hybrid=None` is the fast-only baseline."""
+  """The parts of a slow-fast model; `hybrid=None` is the fast-only baseline.
+
+  `lora` is for training: the decoder's projections have low-rank adapters.
+  """
 
   vision: VisionConfig
   decoder: DecoderConfig
   compressor: CompressorConfig
   hybrid: HybridConfig | None
   projector: str = "mlp2x_gelu"
+  lora: LoraConfig | None = None
 
   def __post_init__(self):
     projector_depth(self.projector)  # Raises where there is no such projector.
@@ -100,6 +105,8 @@ class SlowFast(nnx.Module):
       if cfg.hybrid is not None and cfg.hybrid_layers
       else None
     )
+    if cfg.lora is not None:  # Last, so that all else starts as it does without.
+      add_lora(self.decoder.layers, cfg.lora, rngs=rngs)
 
   def encode(
     self,

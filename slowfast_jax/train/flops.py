@@ -17,6 +17,7 @@ from slowfast_jax.models.convnext import (
   ConvNeXtConfig,
 )
 from slowfast_jax.models.decoder import DecoderConfig
+from slowfast_jax.models.lora import LoraConfig
 from slowfast_jax.models.projector import projector_depth
 from slowfast_jax.models.slowfast import SlowFastConfig
 from slowfast_jax.models.vision import VisionConfig
@@ -24,12 +25,13 @@ from slowfast_jax.models.vit import ViTConfig
 
 COLOURS = 3
 
-# Part -> the part whose parameters it has, as `num_params_by_part` names them.
+# Part -> the part whose parameters it has, as `num_params_by_part` names them, or "lora".
 PARTS = {
   "vision": "vision",
   "projector": "projector",
   "compressor": "",
   "decoder": "decoder",
+  "lora": "lora",
   "cross_attention": "adapters",
   "vocabulary": "decoder",
 }
@@ -68,7 +70,7 @@ def model_flops(
   pooling = cfg.compressor.video_pooling_stride if num_frames > 1 else 1
   tokens = (cfg.vision.side // pooling) ** 2
   D = cfg.decoder.width
-  return {
+  flops = {
     "vision": float(num_frames * _vision(cfg.vision)),
     "projector": float(num_frames * cfg.vision.tokens_per_frame * _projector(cfg)),
     "compressor": float(2 * fast_frames * num_frames * tokens * D),
@@ -76,6 +78,9 @@ def model_flops(
     "cross_attention": float(_cross_attention(cfg, num_frames * tokens, text_bound)),
     "vocabulary": float(2 * decoder_length * D * cfg.decoder.vocab_size),
   }
+  if cfg.lora is not None:
+    flops["lora"] = float(_lora(cfg.decoder, cfg.lora, decoder_length))
+  return flops
 
 
 def training_flops(forward: dict[str, float], learning: Collection[str]) -> dict[str, float]:
@@ -86,12 +91,14 @@ def training_flops(forward: dict[str, float], learning: Collection[str]) -> dict
 
   Args:
     forward: what `model_flops` returns.
-    learning: the parts of the model that learn, as `num_params_by_part` names them.
+    learning: the parts of the model that learn, as `num_params_by_part` names them, and "lora".
   """
   flops, something_learns = {}, False
   for part, owner in PARTS.items():
-    if part == "decoder":  # Adapters feed the layers behind theirs.
-      something_learns |= "adapters" in learning
+    if part not in forward:
+      continue
+    if part == "decoder":  # Adapters, of either kind, feed the layers behind theirs.
+      something_learns |= "adapters" in learning or "lora" in learning
     something_learns |= owner in learning
     flops[part] = forward[part] * (1 + (owner in learning or not owner) * something_learns)
     flops[part] += forward[part] * something_learns
@@ -132,6 +139,16 @@ def _decoder(cfg: DecoderConfig, T: int) -> int:
   D, N, K, H = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
   weights = D * (N + 2 * K) * H + N * H * D + 3 * D * cfg.mlp_width
   return cfg.num_layers * (2 * T * weights + 4 * T * T * N * H)
+
+
+def _lora(cfg: DecoderConfig, lora: LoraConfig, T: int) -> int:
+  """Adapters of the decoder's projections, in all layers."""
+  D, M, heads, kv_heads = (
+    cfg.width, cfg.mlp_width, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+  )  # fmt: skip
+  ends = {"q": D + heads, "out": D + heads} | dict.fromkeys(("k", "v"), D + kv_heads)
+  sizes = [ends.get(name, D + M) for name in lora.modules]  # Inputs and outputs.
+  return cfg.num_layers * 2 * T * lora.rank * sum(sizes)
 
 
 def _cross_attention(cfg: SlowFastConfig, S: int, X: int) -> int:

@@ -16,6 +16,7 @@ from slowfast_jax.train.layer_decay import layer_factors
 
 NAMES = ("adamw", "adafactor", "muon")
 SCHEDULES = ("cosine", "wsd")
+_MATRICES = ("kernel", "embedding", "lora_a", "lora_b")  # Last names of what weight decay is for.
 
 # (regex of parameter paths, factor of the learning rate[, factor of the weight decay]).
 Group = tuple[str, float] | tuple[str, float, float]
@@ -167,7 +168,7 @@ def _muon_or_adam(params: nnx.State) -> nnx.State:
 def _add_decay(cfg: OptimizerConfig) -> optax.GradientTransformation:
   def decay(path: str, update: jax.Array, param: jax.Array) -> jax.Array:
     rate = cfg.weight_decay * _factors(cfg.groups, path)[1]
-    return update + rate * param if rate and path.endswith(("kernel", "embedding")) else update
+    return update + rate * param if rate and path.endswith(_MATRICES) else update
 
   def of_all(updates: nnx.State, params: nnx.State | None) -> nnx.State:
     assert params is not None

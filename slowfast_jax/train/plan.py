@@ -5,6 +5,7 @@ Enough to compile a run's program on any machine; what it also needs to run is i
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +14,12 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from slowfast_jax.checkpoints.trees import abstract_state
+from slowfast_jax.checkpoints.trees import abstract_state, flatten
 from slowfast_jax.data.packing import Geometry, empty_row
 from slowfast_jax.data.pipeline import Bucket
 from slowfast_jax.errors import UserError
 from slowfast_jax.models.hybrid import INITS
+from slowfast_jax.models.lora import LORA, LoraConfig
 from slowfast_jax.models.presets import build_config
 from slowfast_jax.models.remat import REMAT
 from slowfast_jax.models.slowfast import SlowFastConfig
@@ -95,8 +97,14 @@ def make_plan(config: ml_collections.ConfigDict, devices: list | None = None) ->
     _check_rows(mesh, rows, c.train.accumulation)
   plan = Plan(c, model, mesh, optimizer_config(c), geometry, buckets)
   params = jax.eval_shape(plan.init, jax.random.key(0)).params
-  if not split_frozen(params, plan.optimizer)[0]:
+  learning = flatten(split_frozen(params, plan.optimizer)[0])
+  if not learning:
     raise UserError(f"optimizer.groups freezes every parameter: {plan.optimizer.groups}.")
+  if model.lora is not None and not any(LORA in name for name in learning):
+    raise UserError(
+      f"optimizer.groups freezes the adapters of model.lora: {plan.optimizer.groups}; "
+      'give them a group of their own before the others: ("lora", 1.0).'
+    )
   return plan
 
 
@@ -106,7 +114,15 @@ def model_config(c: ml_collections.ConfigDict) -> SlowFastConfig:
     part: c[part].to_dict() for part in ("vision", "decoder", "compressor")
   }
   changes["hybrid"] = c.hybrid.to_dict() if c.slow else None
+  changes["lora"] = _lora_config(c.lora) if c.lora.rank else None
   return build_config(c.preset, changes)
+
+
+def _lora_config(c: ml_collections.ConfigDict) -> LoraConfig:
+  try:
+    return LoraConfig(**c.to_dict() | {"modules": tuple(c.modules)})
+  except (TypeError, ValueError) as error:
+    raise UserError(f"model.lora: {error}") from error
 
 
 def geometry_of(model: SlowFastConfig, data: Mapping[str, Any]) -> Geometry:
@@ -151,6 +167,8 @@ def optimizer_config(c: ml_collections.ConfigDict) -> OptimizerConfig:
   if unknown := sorted(set(fields) - known):
     raise UserError(f"optimizer.{unknown[0]}: no such field; optimizer has {sorted(known)}.")
   groups = tuple(tuple(group) for group in fields.pop("groups", ()))
+  if c.model.lora.rank:  # The decoder's own parameters stay as they are, whatever else learns.
+    groups = ((rf"^decoder(?!.*{re.escape(LORA)})", 0.0), *groups)
   return OptimizerConfig(total_steps=c.train.steps, groups=groups, **fields)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from slowfast_jax.checkpoints.trees import flatten
+from slowfast_jax.models.lora import LORA
 from slowfast_jax.shapes import Batch
 from slowfast_jax.train.flops import model_flops, training_flops
 from slowfast_jax.train.metrics import Step, instrument
@@ -78,4 +80,5 @@ def step_flops(setup: Plan, batch: Batch) -> float:
     fast_frames=batch.pooling.shape[1],
   )
   learning, _ = split_frozen(setup.abstract_state().params, setup.optimizer)
-  return B * sum(training_flops(forward, list(learning)).values())
+  parts = {"lora" if LORA in name else name.split(".")[0] for name in flatten(learning)}
+  return B * sum(training_flops(forward, parts).values())

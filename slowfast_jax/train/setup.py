@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from slowfast_jax.checkpoints.export import Export, VideoConfig
 from slowfast_jax.checkpoints.open import load_checkpoint
+from slowfast_jax.checkpoints.source import parameter_state
 from slowfast_jax.checkpoints.trees import flatten, unflatten
 from slowfast_jax.data.mixture import open_mixture
 from slowfast_jax.data.pipeline import TrainPipeline
@@ -28,6 +29,7 @@ from slowfast_jax.data.tfds import open_records
 from slowfast_jax.data.tokenizer import Tokenizer
 from slowfast_jax.errors import UserError
 from slowfast_jax.models.hybrid import adapters_from_decoder
+from slowfast_jax.models.lora import LORA, merge_lora
 from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig, graphdef_of
 from slowfast_jax.shapes import Batch
 from slowfast_jax.sharding import batch_sharding, sharded_init
@@ -50,9 +52,14 @@ class Setup(Plan):
   fingerprint: dict[str, Any]
 
   def export(self, params: nnx.State) -> Export:
+    """The model that others open; what adapters have learned is in its kernels."""
     c = self.config
     video = VideoConfig(c.data.num_frames, c.video.sampler, c.video.target_fps, c.video.policy)
-    return Export(self.model, params, self.tokenizer, video, c.system)
+    model = dataclasses.replace(self.model, lora=None)
+    if self.model.lora is not None:
+      merged = merge_lora(flatten(params), self.model.lora)
+      params = unflatten(parameter_state(model), merged)
+    return Export(model, params, self.tokenizer, video, c.system)
 
 
 def open_setup(config: ml_collections.ConfigDict) -> Setup:
@@ -184,9 +191,10 @@ def _start_adapters(model: SlowFastConfig, params: nnx.State, *, reference: bool
 
 
 def _check_fits(folder: str, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-  """All but the hybrid parts must come from the export, in the shape that this model has."""
+  """All but hybrid parts and LoRA must come from the export, in the shape that this model has."""
   partly = any(name.startswith("adapters.") for name in given)
-  missing = [n for n in wanted if n not in given and (partly or not n.startswith("adapters."))]
+  fresh = (LORA,) if partly else (LORA, "adapters.")
+  missing = [n for n in wanted if n not in given and not any(part in n for part in fresh)]
   if missing:
     raise UserError(f"train.init_from={folder}: it has no {missing[0]}; the models differ.")
   for name in wanted:

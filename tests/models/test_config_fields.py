@@ -12,6 +12,7 @@ import pytest
 from slowfast_jax.models.convnext import ConvNeXtConfig
 from slowfast_jax.models.decoder import DecoderConfig
 from slowfast_jax.models.hybrid import GATES, QUERY_SETS, HybridConfig
+from slowfast_jax.models.lora import LoraConfig
 from slowfast_jax.models.rope import LlamaRopeScaling
 from slowfast_jax.models.slowfast import CompressorConfig, SlowFastConfig
 from slowfast_jax.models.vit import ViTConfig
@@ -24,6 +25,7 @@ CONVNEXT = config(
   vision=ConvNeXtConfig(image_size=16, depths=(1, 1), widths=(4, 8)),
   compressor={"spatial_stride": 2},
 )
+ADAPTED = dataclasses.replace(BASE, lora=LoraConfig(2, 4.0))
 
 # Another value of every field.
 CHANGES = {
@@ -80,12 +82,18 @@ CHANGES = {
     "spatial_stride": [2],
     "min_fast_frames": [4],
   },
+  LoraConfig: {
+    "rank": [3],
+    "alpha": [8.0],
+    "modules": [("q", "down")],
+  },
   SlowFastConfig: {
     "vision": [dataclasses.replace(BASE.vision, norm_eps=0.1)],
     "decoder": [dataclasses.replace(BASE.decoder, norm_eps=0.1)],
     "compressor": [dataclasses.replace(BASE.compressor, temporal_stride=3)],
     "hybrid": [None],
     "projector": ["linear", "mlp3x_gelu"],
+    "lora": [LoraConfig(2, 4.0)],
   },
 }
 
@@ -97,7 +105,7 @@ def test_all_fields_are_listed():
 
 def base_of(part):
   """A model that has such a part."""
-  return CONVNEXT if part is ConvNeXtConfig else BASE
+  return {ConvNeXtConfig: CONVNEXT, LoraConfig: ADAPTED}.get(part, BASE)
 
 
 def changed(part, **fields):

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from slowfast_jax.data.packing import collate, empty_row
+from slowfast_jax.models.lora import LoraConfig
 from slowfast_jax.models.presets import PRESETS, build_config
 from slowfast_jax.models.slowfast import SlowFast, graphdef_of
 from slowfast_jax.train.flops import model_flops, peak_flops, training_flops
@@ -34,6 +35,7 @@ MODELS = {
   "vit": model(VIT | {"mlp_width": 256}),
   "clip": model(VIT | {"mlp_width": 256, "family": "clip"}),
 }
+MODELS["lora"] = dataclasses.replace(MODELS["vit"], lora=LoraConfig(rank=64, alpha=1.0))
 
 
 def flops_of(cfg):
@@ -76,6 +78,13 @@ def test_parts_that_stay_as_they_are_cost_less():
     "vocabulary": 2.0,
   }  # fmt: skip
   assert training_flops(flops, ("adapters",))["projector"] == 1.0
+
+
+def test_adapters_save_the_gradient_of_the_decoder():
+  flops = training_flops(flops_of(MODELS["lora"])[1], ("lora", "adapters"))
+  all_learn = training_flops(flops_of(MODELS["vit"])[1], EVERYTHING)
+  assert flops["decoder"] == pytest.approx(all_learn["decoder"] * 2 / 3)
+  assert flops["lora"] > 0
 
 
 def test_slow_frames_cost_cross_attention_and_no_decoder():
