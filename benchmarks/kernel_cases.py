@@ -31,7 +31,7 @@ def ours(blocks=None, **sizes):
   q, k, tiles = _ours_inputs(shape, fold, blocks)
 
   def program(q, k, v, *tiles):
-    return forward(q, k, v, Tiles(*tiles), None, None, fold=fold, blocks=blocks)
+    return forward(q, k, v, Tiles(*tiles), None, fold=fold, blocks=blocks)
 
   return program, (q, k, k, *tiles)
 
@@ -46,7 +46,7 @@ def ours_backward(blocks=None, **sizes):
 
   def program(q, do, lse, delta, k, v, *tiles):
     options = {"fold": fold, "blocks": blocks, "out_dtype": k.dtype}
-    return backward(q, do, lse, delta, k, v, Tiles(*tiles), None, None, **options)
+    return backward(q, do, lse, delta, k, v, Tiles(*tiles), None, **options)
 
   return program, (q, q, line, line, k, k, *tiles)
 

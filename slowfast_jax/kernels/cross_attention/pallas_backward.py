@@ -15,18 +15,42 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from slowfast_jax.kernels.cross_attention import pallas_tile as tile
 from slowfast_jax.kernels.cross_attention.blocks import BackwardBlocks
-from slowfast_jax.kernels.cross_attention.pallas_forward import (
-  COLUMNS_OF_BOTH,
-  HIDDEN_SCORE,
-  LN2,
-  ROWS_OF_BOTH,
-  dot,
-  visible,
-)
+from slowfast_jax.kernels.cross_attention.pallas_tile import LN2, dot
 from slowfast_jax.kernels.cross_attention.tiling import HIDDEN, INTERIOR, Fold, Tiles
 
-PLAIN = (((1,), (0,)), ((), ()))
+
+class _Refs(NamedTuple):
+  """What a step of the grid has in VMEM. C chunks of rows, c rows each.
+
+  Attributes:
+    q, do: [rows, W].
+    lse, delta: [1, rows].
+    k, v: [keys, W].
+    row_segments: [1, rows], or None.
+    key_segments: [1, keys], or None.
+    dq: [rows, W].
+    dk, dv: [keys, W].
+    acc: dq so far, [C, W, c].
+    dk_sum, dv_sum: dk and dv over the chunks so far, [keys, W] or [W, keys]; None where a single
+      chunk goes straight out.
+  """
+
+  q: Any
+  do: Any
+  lse: Any
+  delta: Any
+  k: Any
+  v: Any
+  row_segments: Any
+  key_segments: Any
+  dq: Any
+  dk: Any
+  dv: Any
+  acc: Any
+  dk_sum: Any = None
+  dv_sum: Any = None
 
 
 class _Rows(NamedTuple):
@@ -34,117 +58,109 @@ class _Rows(NamedTuple):
 
   Attributes:
     q, do: [rows, W].
+    factors: q and do as the products of dk and dv want them: [W, rows] where those are
+      transposed. Made once a tile.
     lse, delta: [1, rows].
     segments: [1, rows], or None.
   """
 
   q: Array
   do: Array
+  factors: tuple[Array, Array]
   lse: Array
   delta: Array
   segments: Array | None
 
 
-class _Keys(NamedTuple):
-  """References to one block of keys, and how many of them are valid.
+class _Step(NamedTuple):
+  """One step of the grid: one block of keys.
 
   Attributes:
-    k, v: [keys, W].
-    segments: [1, keys], or None.
-    left: valid keys, may be more than there are; None where the tile needs no mask.
-  """
-
-  k: Any
-  v: Any
-  segments: Any
-  left: Array | None
-
-  def load(self, ref, part):
-    """A strip of k or v; zeros behind the last key, which is undefined, because 0 * NaN is NaN."""
-    x = ref[part, :]
-    if self.left is None:
-      return x
-    inside = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) < self.left - part.start
-    return jnp.where(inside, x, 0)
-
-  def mask(self, s, part, row_segments):
-    """Hides scores of a strip that do not count."""
-    if self.left is None:
-      return s
-    pair = (None, None)
-    if row_segments is not None:
-      pair = (row_segments, self.segments[:, part])
-    return jnp.where(visible(s.shape, part.start, self.left, *pair), s, HIDDEN_SCORE)
-
-
-def _tile(rows: _Rows, keys: _Keys, strips, add, transposed):
-  """Gradients of one tile; the next strip's first products are under way while one is consumed.
-
-  Args:
-    rows, keys: what meets.
-    strips: slices of the keys.
-    add: called with a strip, its dk and its dv, [keys, W] or [W, keys].
+    refs: see there.
+    strips: pieces of the key block.
+    left: valid keys from the start of the block on.
     transposed: whether dk and dv are made as [W, keys].
-
-  Returns:
-    The tile's part of dq, [W, rows].
   """
-  q, do = rows.q, rows.do
-  q_t, do_t = (q.T, do.T) if transposed else (None, None)
 
-  def products(part):
-    k = keys.load(keys.k, part)
-    return k, dot(k, q, ROWS_OF_BOTH), dot(keys.load(keys.v, part), do, ROWS_OF_BOTH)
+  refs: _Refs
+  strips: list[slice]
+  left: Array
+  transposed: bool
 
-  dq = None
-  ahead = products(strips[0])
-  for n, part in enumerate(strips):
-    k, s, dp = ahead
-    if n + 1 < len(strips):
-      ahead = products(strips[n + 1])
-    p = jnp.exp2(keys.mask(s, part, rows.segments) - rows.lse)
-    ds = (p * (dp - rows.delta)).astype(k.dtype)
-    p = p.astype(k.dtype)
-    if transposed:
-      add(part, dot(q_t, ds, ROWS_OF_BOTH), dot(do_t, p, ROWS_OF_BOTH))
+  def rows(self, r):
+    """Where the rows of chunk r lie."""
+    return tile.rows_of(r, self.refs.acc.shape[2])
+
+  def load(self, r):
+    """Chunk r."""
+    refs, at = self.refs, self.rows(r)
+    q, do = refs.q[at, :], refs.do[at, :]
+    factors = (q.T, do.T) if self.transposed else (q, do)
+    segments = None if refs.row_segments is None else refs.row_segments[:, at]
+    return _Rows(q, do, factors, refs.lse[:, at], refs.delta[:, at], segments)
+
+  def products(self, rows, part, masked):
+    """A strip of k, its scores, and dP = V dO^T."""
+    k, v = self.refs.k[part, :], self.refs.v[part, :]
+    if masked:
+      k, v = (tile.clear_behind(x, part, self.left) for x in (k, v))
+    s, dp = dot(k, rows.q, tile.ROWS_OF_BOTH), dot(v, rows.do, tile.ROWS_OF_BOTH)
+    return k, s, dp
+
+  def advance(self, r, masked):
+    """Gradients of one tile; the next strip's products are under way while one is consumed."""
+    rows = self.load(r)
+    dq = None
+    ahead = self.products(rows, self.strips[0], masked)
+    for n, part in enumerate(self.strips):
+      k, s, dp = ahead
+      if n + 1 < len(self.strips):
+        ahead = self.products(rows, self.strips[n + 1], masked)
+      if masked:
+        s = tile.hide(s, part, self.left, rows.segments, self.refs.key_segments)
+      p = jnp.exp2(s - rows.lse)
+      ds = (p * (dp - rows.delta)).astype(k.dtype)
+      self.add(rows, part, ds, p.astype(k.dtype))
+      product = dot(k, ds, tile.COLUMNS_OF_BOTH)
+      dq = product if dq is None else dq + product
+    self.refs.acc[r] += dq
+
+  def add(self, rows, part, ds, p):
+    """Adds dk = dS Q and dv = P dO of a strip, or writes them where there is one chunk."""
+    refs, (q, do) = self.refs, rows.factors
+    if self.transposed:
+      dk, dv = dot(q, ds, tile.ROWS_OF_BOTH), dot(do, p, tile.ROWS_OF_BOTH)
     else:
-      add(part, dot(ds, q, PLAIN), dot(p, do, PLAIN))
-    product = dot(k, ds, COLUMNS_OF_BOTH)
-    dq = product if dq is None else dq + product
-  return dq
-
-
-class _Sums:
-  """dk and dv of a block of keys, summed over chunks of rows; a single chunk goes straight out."""
-
-  def __init__(self, outputs, sums, transposed):
-    self.outputs, self.sums, self.transposed = outputs, sums, transposed
-
-  def start(self):
-    for ref in self.sums:
-      ref[...] = jnp.zeros_like(ref)
-
-  def add(self, part, dk, dv):
-    if not self.sums:
+      dk, dv = dot(ds, q, tile.PLAIN), dot(p, do, tile.PLAIN)
+    if refs.dk_sum is None:
       return self.write(part, dk, dv)
-    at = (slice(None), part) if self.transposed else (part, slice(None))
-    for ref, x in zip(self.sums, (dk, dv)):
-      ref[at] += x
+    where = (slice(None), part) if self.transposed else (part, slice(None))
+    refs.dk_sum[where] += dk
+    refs.dv_sum[where] += dv
 
   def write(self, part, dk, dv):
+    """Puts out dk and dv of some keys."""
     # q carries scale * log2(e), of which dk wants only the scale.
-    for ref, x in zip(self.outputs, (dk * LN2, dv)):
+    for ref, x in ((self.refs.dk, dk * LN2), (self.refs.dv, dv)):
       x = x.astype(ref.dtype)
       ref[part, :] = x.T if self.transposed else x
 
-  def finish(self):
-    if self.sums:
-      self.write(slice(None), *(ref[...] for ref in self.sums))
+  def advance_as_needed(self, r, kind):
+    """`advance` for what a tile needs."""
+    refs = self.refs
+    pl.when(kind == INTERIOR)(functools.partial(self.advance, r, False))
+    pl.when((kind != INTERIOR) & (kind != HIDDEN))(functools.partial(self.advance, r, True))
+    if refs.dk_sum is None:
+      pl.when(kind == HIDDEN)(functools.partial(_clear, refs.dk, refs.dv))
 
-  def clear(self):
-    if not self.sums:
-      for ref in self.outputs:
-        ref[...] = jnp.zeros_like(ref)
+  def finish(self, r):
+    """dq of chunk r."""
+    self.refs.dq[self.rows(r), :] = self.refs.acc[r].T
+
+
+def _clear(*refs):
+  for ref in refs:
+    ref[...] = jnp.zeros_like(ref)
 
 
 def _kernel(
@@ -152,64 +168,60 @@ def _kernel(
   lengths_ref,
   front_ref,
   back_ref,
-  q_ref,
-  do_ref,
-  lse_ref,
-  delta_ref,
-  k_ref,
-  v_ref,
   *refs,
   blocks: BackwardBlocks,
   num_blocks: int,
+  segmented: bool,
 ):
   """One key block, all chunks of rows; grid (batch, block of heads, key block)."""
   del front_ref, back_ref
-  num_chunks, key_block, chunk = q_ref.shape[0] // blocks.chunk, k_ref.shape[0], blocks.chunk
-  num_sums = 2 if num_chunks > 1 else 0
-  refs, sum_refs = refs[: len(refs) - num_sums], refs[len(refs) - num_sums :]
-  *segment_refs, dq_ref, dk_ref, dv_ref, dq_acc = refs
-  row_segments, key_segments = segment_refs or (None, None)
+  refs = _Refs(*(refs if segmented else (*refs[:6], None, None, *refs[6:])))
   b, j = pl.program_id(0), pl.program_id(2)
-  strips = [slice(x, min(x + blocks.strip, key_block)) for x in range(0, key_block, blocks.strip)]
-  sums = _Sums((dk_ref, dv_ref), sum_refs, blocks.transposed)
-
-  def rows(r):
-    return pl.ds(pl.multiple_of(r * chunk, chunk), chunk)
-
-  def step(r, masked):
-    at = rows(r)
-    segments = None if row_segments is None else row_segments[:, at]
-    left = lengths_ref[b] - j * key_block if masked else None
-    dq_acc[r] += _tile(
-      _Rows(q_ref[at, :], do_ref[at, :], lse_ref[:, at], delta_ref[:, at], segments),
-      _Keys(k_ref, v_ref, key_segments, left),
-      strips,
-      sums.add,
-      blocks.transposed,
-    )
+  num_chunks, key_block = refs.acc.shape[0], refs.k.shape[0]
+  strips, left = tile.strips_of(key_block, blocks.strip), lengths_ref[b] - j * key_block
+  step = _Step(refs, strips, left, blocks.transposed)
 
   def chunk_step(r, carry):
-    kind = kinds_ref[(b * num_chunks + r) * num_blocks + j]
-    pl.when(kind == INTERIOR)(functools.partial(step, r, False))
-    pl.when((kind != INTERIOR) & (kind != HIDDEN))(functools.partial(step, r, True))
-    pl.when(kind == HIDDEN)(sums.clear)
+    step.advance_as_needed(r, kinds_ref[(b * num_chunks + r) * num_blocks + j])
     return carry
 
-  @pl.when(j == 0)
-  def _start():
-    dq_acc[...] = jnp.zeros_like(dq_acc)
-
-  sums.start()
+  pl.when(j == 0)(functools.partial(_clear, refs.acc))
+  if refs.dk_sum is not None:
+    _clear(refs.dk_sum, refs.dv_sum)
   jax.lax.fori_loop(0, num_chunks, chunk_step, 0)
-  sums.finish()
-
-  def finish(r, carry):
-    dq_ref[rows(r), :] = dq_acc[r].T
-    return carry
+  if refs.dk_sum is not None:
+    step.write(slice(None), refs.dk_sum[...], refs.dv_sum[...])
 
   @pl.when(j == num_blocks - 1)
   def _finish():
-    jax.lax.fori_loop(0, num_chunks, finish, 0)
+    jax.lax.fori_loop(0, num_chunks, lambda r, _: step.finish(r), None)
+
+
+def _grid(
+  B: int, KB: int, R: int, W: int, num_blocks: int, blocks: BackwardBlocks, segmented: bool
+):
+  """The grid, and what of each array is in VMEM at a step."""
+  key_block, num_chunks = blocks.key_block, R // blocks.chunk
+  rows = pl.BlockSpec((None, None, R, W), lambda b, h, j, *_: (b, h, 0, 0))
+  line = pl.BlockSpec((None, None, 1, R), lambda b, h, j, *_: (b, h, 0, 0))
+  block = tile.key_block_of(num_blocks)
+  keys = tile.key_spec(key_block, W, block)
+  keys_out = pl.BlockSpec((None, key_block, W), lambda b, h, j, *_: (b, j, h))
+  in_specs = [rows, rows, line, line, keys, keys]
+  if segmented:
+    row_segments = pl.BlockSpec((None, 1, R), lambda b, h, j, *_: (b, 0, 0))
+    in_specs += [row_segments, tile.key_segments_spec(key_block, block)]
+  sums = (W, key_block) if blocks.transposed else (key_block, W)
+  return pltpu.PrefetchScalarGridSpec(
+    num_scalar_prefetch=len(Tiles.__dataclass_fields__),
+    grid=(B, KB, num_blocks),
+    in_specs=in_specs,
+    out_specs=[rows, keys_out, keys_out],
+    scratch_shapes=[
+      pltpu.VMEM((num_chunks, W, blocks.chunk), jnp.float32),
+      *[pltpu.VMEM(sums, jnp.float32)] * (2 if num_chunks > 1 else 0),
+    ],
+  )
 
 
 def backward(
@@ -220,84 +232,42 @@ def backward(
   k: Float[Array, "B S L"],
   v: Float[Array, "B S L"],
   tiles: Tiles,
-  row_segments: Int[Array, "B 1 R"] | None,
-  kv_segments: Int[Array, "B S"] | None,
+  segments: tuple[Int[Array, "B 1 R"], Int[Array, "B S"]] | None,
   *,
   fold: Fold,
   blocks: BackwardBlocks,
   out_dtype: jnp.dtype,
   interpret=False,
 ) -> tuple[Float[Array, "B KB R W"], Float[Array, "B S L"], Float[Array, "B S L"]]:
-  """Gradients of one block of rows.
+  """Gradients of one block of rows: dq / scale in float32, folded, and dk, dv.
 
   Args:
-    q: folded queries times scale * log2(e).
-    do: folded gradients of the output.
+    q, do: folded queries times scale * log2(e), and folded gradients of the output.
     lse: log-sum-exps in units of ln 2; a huge number where a row sees no key.
     delta: sum of output times its gradient, less the gradient of the log-sum-exp.
-    k: keys as `Fold.keys_view` gives them.
-    v: values likewise.
+    k, v: keys and values as `Fold.keys_view` gives them.
     tiles: the plan for these blocks.
-    row_segments: from `Fold.fold_segments`, or None.
-    kv_segments: segments of the keys, together with `row_segments`.
+    segments: of the rows, from `Fold.fold_segments`, and of the keys.
     fold: the call's shapes.
     blocks: block sizes; R is `row_block`.
     out_dtype: of dk and dv; float32 where several calls are summed.
     interpret: Pallas's interpreter instead of the compiler.
-
-  Returns:
-    Folded gradient of the logits' sum by k, float32 (the caller multiplies by the scale), dk, dv.
   """
   B, KB, R, W = q.shape
-  key_block = blocks.key_block
-  num_blocks, num_chunks = -(-fold.keys // key_block), R // blocks.chunk
-
-  def clamped(lanes_last):
-    def index(b, h, j, kinds, lengths, front, back):
-      block = jnp.clip(j, front[b], num_blocks - 1 - back[b])
-      return (b, block, h) if lanes_last else (b, 0, block)
-
-    return index
-
-  sums = (W, key_block) if blocks.transposed else (key_block, W)
-  row_spec = pl.BlockSpec((None, None, R, W), lambda b, h, j, *_: (b, h, 0, 0))
-  line_spec = pl.BlockSpec((None, None, 1, R), lambda b, h, j, *_: (b, h, 0, 0))
-  key_spec = pl.BlockSpec((None, key_block, W), clamped(True))
-  key_out_spec = pl.BlockSpec((None, key_block, W), lambda b, h, j, *_: (b, j, h))
-  in_specs = [row_spec, row_spec, line_spec, line_spec, key_spec, key_spec]
-  inputs = [q, do, lse, delta, k, v]
-  if row_segments is not None and kv_segments is not None:
-    in_specs += [
-      pl.BlockSpec((None, 1, R), lambda b, h, j, *_: (b, 0, 0)),
-      pl.BlockSpec((None, 1, key_block), clamped(False)),
-    ]
-    inputs += [row_segments, kv_segments[:, None]]
+  num_blocks, segmented = -(-fold.keys // blocks.key_block), segments is not None
+  flops = 10 * B * KB * R * fold.keys * W
+  moved = 4 * q.nbytes + 2 * (k.nbytes + v.nbytes)
+  keys_out = jax.ShapeDtypeStruct(k.shape, out_dtype)
   return pl.pallas_call(
-    functools.partial(_kernel, blocks=blocks, num_blocks=num_blocks),
+    functools.partial(_kernel, blocks=blocks, num_blocks=num_blocks, segmented=segmented),
     name="slow_cross_attention_backward",
-    grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=4,
-      grid=(B, KB, num_blocks),
-      in_specs=in_specs,
-      out_specs=[row_spec, key_out_spec, key_out_spec],
-      scratch_shapes=[
-        pltpu.VMEM((num_chunks, W, blocks.chunk), jnp.float32),
-        *[pltpu.VMEM(sums, jnp.float32)] * (2 if num_chunks > 1 else 0),
-      ],
-    ),
-    out_shape=[
-      jax.ShapeDtypeStruct(q.shape, jnp.float32),
-      jax.ShapeDtypeStruct(k.shape, out_dtype),
-      jax.ShapeDtypeStruct(v.shape, out_dtype),
-    ],
+    grid_spec=_grid(B, KB, R, W, num_blocks, blocks, segmented),
+    out_shape=[jax.ShapeDtypeStruct(q.shape, jnp.float32), keys_out, keys_out],
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel", "arbitrary"),
-      vmem_limit_bytes=blocks.vmem_limit,
+      dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_limit
     ),
     cost_estimate=pl.CostEstimate(
-      flops=10 * B * KB * R * fold.keys * W,
-      transcendentals=B * KB * R * fold.keys,
-      bytes_accessed=4 * q.nbytes + 2 * (k.nbytes + v.nbytes),
+      flops=flops, transcendentals=B * KB * R * fold.keys, bytes_accessed=moved
     ),
     interpret=interpret,
-  )(*tiles.scalars(), *inputs)
+  )(*tiles.scalars(), q, do, lse, delta, k, v, *tile.segment_inputs(segments))

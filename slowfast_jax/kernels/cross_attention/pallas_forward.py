@@ -7,7 +7,7 @@ scores of block j on the matrix unit while the vector unit exponentiates those o
 """
 
 import functools
-import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,47 +15,132 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from slowfast_jax.kernels.cross_attention import pallas_tile as tile
 from slowfast_jax.kernels.cross_attention.blocks import ForwardBlocks
+from slowfast_jax.kernels.cross_attention.pallas_tile import HIDDEN_SCORE, LN2, SUBLANES
 from slowfast_jax.kernels.cross_attention.tiling import HIDDEN, INTERIOR, TAIL, Fold, Tiles
 
-# Finite, so that a row that has seen no key yet has no NaN; its garbage is wiped by the factor
-# exp2(HIDDEN_SCORE - maximum) = 0 as soon as it sees one.
-HIDDEN_SCORE = -0.7 * float(jnp.finfo(jnp.float32).max)
-LN2 = math.log(2.0)
-ROWS_OF_BOTH = (((1,), (1,)), ((), ()))
-COLUMNS_OF_BOTH = (((0,), (0,)), ((), ()))
-SUBLANES = 8
 
+class _Refs(NamedTuple):
+  """What a step of the grid has in VMEM. C chunks of rows, c rows each.
 
-def dot(x, y, contracting):
-  """A product on the matrix unit, accumulated in float32; float32 operands keep their bits."""
-  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  return jax.lax.dot_general(
-    x, y, contracting, precision=precision, preferred_element_type=jnp.float32
-  )
-
-
-def visible(shape, first_key, num_keys, q_segments, kv_segments):
-  """Mask of a transposed tile [keys, rows] whose first key is `first_key` of a block.
-
-  Args:
-    shape: the tile's.
-    first_key: where in the block the tile starts, static.
-    num_keys: valid keys of the block, may be more than it holds.
-    q_segments: [1, rows], or None.
-    kv_segments: [1, keys], or None.
+  Attributes:
+    q: [rows, W].
+    k: block j, [keys, W].
+    v: block j - 1, [keys, W].
+    row_segments: [1, rows], or None.
+    key_segments: of block j, [1, keys], or None.
+    out: [rows, W].
+    lse: [1, rows].
+    peak: highest score of each row so far, [C, 1, c].
+    total: sum of its exponentials over all but 8 keys, [C, 8, c].
+    acc: output before the division, [C, W, c].
+    scores: those of block j - 1, which wait to be consumed, [C, keys, c].
+    highest: their maximum over all but 8 keys, [C, 8, c].
   """
-  keys = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-  mask = keys < num_keys - first_key
-  if q_segments is not None:
-    column = jnp.broadcast_to(kv_segments, (SUBLANES, shape[0])).T[:, :1]
-    mask &= column == q_segments
-  return mask
+
+  q: Any
+  k: Any
+  v: Any
+  row_segments: Any
+  key_segments: Any
+  out: Any
+  lse: Any
+  peak: Any
+  total: Any
+  acc: Any
+  scores: Any
+  highest: Any
 
 
-def _halve(x, combine):
-  """Reduces [keys, rows] to [8, rows] without crossing sublanes."""
-  return combine(x.reshape(-1, SUBLANES, x.shape[1]), axis=0)
+class _Step(NamedTuple):
+  """One step of the grid: scores block j and consumes block j - 1.
+
+  Attributes:
+    refs: see there.
+    strips: pieces of a key block.
+    left: valid keys from the start of block j on.
+  """
+
+  refs: _Refs
+  strips: list[slice]
+  left: Array
+
+  def rows(self, r):
+    """Where the rows of chunk r lie."""
+    return tile.rows_of(r, self.refs.scores.shape[2])
+
+  def score(self, r, part, masked):
+    """Scores of a strip of block j."""
+    refs, at = self.refs, self.rows(r)
+    s = tile.dot(refs.k[part, :], refs.q[at, :], tile.ROWS_OF_BOTH)
+    if masked:
+      row_segments = None if refs.row_segments is None else refs.row_segments[:, at]
+      s = tile.hide(s, part, self.left, row_segments, refs.key_segments)
+    return s
+
+  def values(self, part, tail):
+    """A strip of block j - 1; `tail`: the last key is in this block."""
+    v = self.refs.v[part, :]
+    return tile.clear_behind(v, part, self.left + self.refs.v.shape[0]) if tail else v
+
+  def advance(self, r, *, consume, produce, masked=False, tail=False):
+    """Consumes the waiting scores of chunk r and puts those of block j in their place."""
+    refs = self.refs
+    if consume:
+      peak = jnp.maximum(refs.peak[r], jnp.max(refs.highest[r], axis=0, keepdims=True))
+      shrink = jnp.exp2(refs.peak[r] - peak)
+      refs.peak[r] = peak
+      total, acc = refs.total[r] * shrink, refs.acc[r] * shrink
+    highest = None
+    for part in self.strips:
+      if produce:
+        s = self.score(r, part, masked)
+        top = tile.halve(s, jnp.max)
+        highest = top if highest is None else jnp.maximum(highest, top)
+      if consume:
+        p = jnp.exp2(refs.scores[r, part] - peak)
+        total += tile.halve(p, jnp.sum)
+        v = self.values(part, tail)
+        acc += tile.dot(v, p.astype(v.dtype), tile.COLUMNS_OF_BOTH)
+      if produce:
+        refs.scores[r, part] = s
+    if produce:
+      refs.highest[r] = highest
+    if consume:
+      refs.total[r], refs.acc[r] = total, acc
+
+  def advance_as_needed(self, r, old, new):
+    """`advance` for what the tiles of blocks j - 1 and j need."""
+    step = functools.partial(self.advance, r)
+    has_old, has_new = old != HIDDEN, new != HIDDEN
+    for masked in (False, True):
+      this = has_new & ((new != INTERIOR) == masked)
+      for consume in (True, False):
+        pl.when((has_old == consume) & this)(
+          functools.partial(step, consume=consume, produce=True, masked=masked)
+        )
+    # Behind a tail everything is hidden, so only this step meets one.
+    for tail in (False, True):
+      pl.when(has_old & ~has_new & ((old == TAIL) == tail))(
+        functools.partial(step, consume=True, produce=False, tail=tail)
+      )
+
+  def start(self):
+    """No row has seen a key."""
+    refs = self.refs
+    refs.peak[...] = jnp.full_like(refs.peak, HIDDEN_SCORE)
+    refs.total[...] = jnp.zeros_like(refs.total)
+    refs.acc[...] = jnp.zeros_like(refs.acc)
+
+  def finish(self, r):
+    """Output and log-sum-exp of chunk r; 0 and -inf where a row saw no key."""
+    refs, at = self.refs, self.rows(r)
+    seen = refs.peak[r] > HIDDEN_SCORE
+    total = jnp.where(seen, jnp.sum(refs.total[r], axis=0, keepdims=True), 1.0)
+    out = jnp.where(seen, refs.acc[r] / total, 0.0)
+    refs.out[at, :] = out.T.astype(refs.out.dtype)
+    refs.lse[:, at] = jnp.where(seen, refs.peak[r] * LN2 + jnp.log(total), -jnp.inf)
 
 
 def _kernel(
@@ -63,109 +148,57 @@ def _kernel(
   lengths_ref,
   front_ref,
   back_ref,
-  q_ref,
-  k_ref,
-  v_ref,
   *refs,
-  blocks: ForwardBlocks,
+  strip: int,
   num_blocks: int,
   total_chunks: int,
+  segmented: bool,
 ):
-  """One key block, all chunks of a block of rows.
-
-  Grid (batch, block of heads, block of rows, num_blocks + 1): step j scores block j and consumes
-  block j - 1, whose scores wait in `s_ref` with their maximum over all but 8 keys in `c_ref`.
-  """
+  """All chunks of a block of rows; grid (batch, block of heads, block of rows, num_blocks + 1)."""
   del front_ref, back_ref
-  *segment_refs, o_ref, lse_ref, m_ref, l_ref, acc_ref, s_ref, c_ref = refs
+  refs = _Refs(*(refs if segmented else (*refs[:3], None, None, *refs[3:])))
   b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-  num_chunks, key_block, chunk = s_ref.shape
-  strip = min(blocks.strip, key_block)
-  strips = [slice(x, min(x + strip, key_block)) for x in range(0, key_block, strip)]
+  num_chunks, key_block, _ = refs.scores.shape
+  step = _Step(refs, tile.strips_of(key_block, strip), lengths_ref[b] - j * key_block)
 
   def kind(r, block):
     return kinds_ref[(b * total_chunks + i * num_chunks + r) * num_blocks + block]
 
-  def rows(r):
-    return pl.ds(pl.multiple_of(r * chunk, chunk), chunk)
-
-  def score(r, part, masked):
-    s = dot(k_ref[part, :], q_ref[rows(r), :], ROWS_OF_BOTH)
-    if masked:
-      left = lengths_ref[b] - j * key_block
-      pair = (None, None)
-      if segment_refs:
-        pair = (segment_refs[0][:, rows(r)], segment_refs[1][:, part])
-      s = jnp.where(visible(s.shape, part.start, left, *pair), s, HIDDEN_SCORE)
-    return s
-
-  def step(r, *, consume, produce, masked=False, tail=False):
-    """Consumes the waiting scores of chunk r and puts those of block j in their place."""
-    if consume:
-      peak = jnp.maximum(m_ref[r], jnp.max(c_ref[r], axis=0, keepdims=True))
-      shrink = jnp.exp2(m_ref[r] - peak)
-      m_ref[r] = peak
-      total, acc = l_ref[r] * shrink, acc_ref[r] * shrink
-    highest = None
-    for part in strips:
-      if produce:
-        s = score(r, part, masked)
-        top = _halve(s, jnp.max)
-        highest = top if highest is None else jnp.maximum(highest, top)
-      if consume:
-        p = jnp.exp2(s_ref[r, part] - peak)
-        total += _halve(p, jnp.sum)
-        v = v_ref[part, :]
-        if tail:
-          # What lies behind the last key is undefined, and 0 * NaN is NaN.
-          left = lengths_ref[b] - (j - 1) * key_block - part.start
-          v = jnp.where(jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) < left, v, 0)
-        acc += dot(v, p.astype(v.dtype), COLUMNS_OF_BOTH)
-      if produce:
-        s_ref[r, part] = s
-    if produce:
-      c_ref[r] = highest
-    if consume:
-      l_ref[r], acc_ref[r] = total, acc
-
   def chunk_step(r, carry):
     new = jnp.where(j < num_blocks, kind(r, jnp.minimum(j, num_blocks - 1)), HIDDEN)
     old = jnp.where(j > 0, kind(r, jnp.maximum(j - 1, 0)), HIDDEN)
-    has_old, has_new = old != HIDDEN, new != HIDDEN
-    for masked in (False, True):
-      this = (new != INTERIOR) == masked
-      pl.when(has_old & has_new & this)(
-        functools.partial(step, r, consume=True, produce=True, masked=masked)
-      )
-      pl.when(~has_old & has_new & this)(
-        functools.partial(step, r, consume=False, produce=True, masked=masked)
-      )
-    # Behind a tail everything is hidden, so only this step meets one.
-    for tail in (False, True):
-      pl.when(has_old & ~has_new & ((old == TAIL) == tail))(
-        functools.partial(step, r, consume=True, produce=False, tail=tail)
-      )
+    step.advance_as_needed(r, old, new)
     return carry
 
-  @pl.when(j == 0)
-  def _start():
-    m_ref[...] = jnp.full_like(m_ref, HIDDEN_SCORE)
-    l_ref[...] = jnp.zeros_like(l_ref)
-    acc_ref[...] = jnp.zeros_like(acc_ref)
-
+  pl.when(j == 0)(step.start)
   jax.lax.fori_loop(0, num_chunks, chunk_step, 0)
-
-  def finish(r, carry):
-    seen = m_ref[r] > HIDDEN_SCORE
-    total = jnp.where(seen, jnp.sum(l_ref[r], axis=0, keepdims=True), 1.0)
-    out = jnp.where(seen, acc_ref[r] / total, 0.0)
-    o_ref[rows(r), :] = out.T.astype(o_ref.dtype)
-    lse_ref[:, rows(r)] = jnp.where(seen, m_ref[r] * LN2 + jnp.log(total), -jnp.inf)
-    return carry
 
   @pl.when(j == num_blocks)
   def _finish():
-    jax.lax.fori_loop(0, num_chunks, finish, 0)
+    jax.lax.fori_loop(0, num_chunks, lambda r, _: step.finish(r), None)
+
+
+def _grid(B: int, KB: int, R: int, W: int, num_blocks: int, blocks: ForwardBlocks, segmented: bool):
+  """The grid, and what of each array is in VMEM at a step."""
+  key_block, chunk, num_chunks = blocks.key_block, blocks.chunk, blocks.row_block // blocks.chunk
+  rows = pl.BlockSpec((None, None, blocks.row_block, W), lambda b, h, i, j, *_: (b, h, i, 0))
+  line = pl.BlockSpec((None, None, 1, blocks.row_block), lambda b, h, i, j, *_: (b, h, 0, i))
+  this, before = (tile.key_block_of(num_blocks, shift) for shift in (0, 1))
+  in_specs = [rows, *(tile.key_spec(key_block, W, block) for block in (this, before))]
+  if segmented:
+    in_specs += [
+      pl.BlockSpec((None, 1, blocks.row_block), lambda b, h, i, j, *_: (b, 0, i)),
+      tile.key_segments_spec(key_block, this),
+    ]
+  # Of a row: peak, total, acc, scores, highest.
+  depths = (1, SUBLANES, W, key_block, SUBLANES)
+  return pltpu.PrefetchScalarGridSpec(
+    num_scalar_prefetch=len(Tiles.__dataclass_fields__),
+    grid=(B, KB, R // blocks.row_block, num_blocks + 1),
+    in_specs=in_specs,
+    out_specs=[rows, line],
+    scratch_shapes=[pltpu.VMEM((num_chunks, depth, chunk), jnp.float32) for depth in depths],
+  )
 
 
 def forward(
@@ -173,71 +206,30 @@ def forward(
   k: Float[Array, "B S L"],
   v: Float[Array, "B S L"],
   tiles: Tiles,
-  row_segments: Int[Array, "B 1 R"] | None,
-  kv_segments: Int[Array, "B S"] | None,
+  segments: tuple[Int[Array, "B 1 R"], Int[Array, "B S"]] | None,
   *,
   fold: Fold,
   blocks: ForwardBlocks,
   interpret=False,
 ) -> tuple[Float[Array, "B KB R W"], Float[Array, "B KB 1 R"]]:
-  """Folded outputs and natural log-sum-exps.
+  """Folded outputs and natural log-sum-exps; 0 and -inf in rows that see no key.
 
   Args:
     q: folded queries times scale * log2(e).
-    k: keys as `Fold.keys_view` gives them.
-    v: values likewise.
+    k, v: keys and values as `Fold.keys_view` gives them.
     tiles: the plan for these blocks.
-    row_segments: from `Fold.fold_segments`, or None.
-    kv_segments: segments of the keys, together with `row_segments`.
+    segments: of the rows, from `Fold.fold_segments`, and of the keys.
     fold: the call's shapes.
     blocks: block sizes; R is a multiple of `row_block`, that of `chunk`.
     interpret: Pallas's interpreter instead of the compiler.
-
-  Returns:
-    Output in q's dtype, and log-sum-exp; 0 and -inf in rows that see no key.
   """
   B, KB, R, W = q.shape
-  S, key_block, chunk = fold.keys, blocks.key_block, blocks.chunk
-  num_blocks, num_chunks = -(-S // key_block), blocks.row_block // chunk
-
-  def clamped(shift, lanes_last):
-    def index(b, h, i, j, kinds, lengths, front, back):
-      block = jnp.clip(j - shift, front[b], num_blocks - 1 - back[b])
-      return (b, block, h) if lanes_last else (b, 0, block)
-
-    return index
-
-  row_spec = pl.BlockSpec((None, None, blocks.row_block, W), lambda b, h, i, j, *_: (b, h, i, 0))
-  line_spec = pl.BlockSpec((None, None, 1, blocks.row_block), lambda b, h, i, j, *_: (b, h, 0, i))
-  in_specs = [
-    row_spec,
-    pl.BlockSpec((None, key_block, W), clamped(0, True)),
-    pl.BlockSpec((None, key_block, W), clamped(1, True)),
-  ]
-  inputs = [q, k, v]
-  if row_segments is not None and kv_segments is not None:
-    in_specs += [
-      pl.BlockSpec((None, 1, blocks.row_block), lambda b, h, i, j, *_: (b, 0, i)),
-      pl.BlockSpec((None, 1, key_block), clamped(0, False)),
-    ]
-    inputs += [row_segments, kv_segments[:, None]]
-  line = (num_chunks, SUBLANES, chunk)
+  num_blocks, total_chunks = -(-fold.keys // blocks.key_block), R // blocks.chunk
+  static = {"strip": blocks.strip, "num_blocks": num_blocks, "total_chunks": total_chunks}
   return pl.pallas_call(
-    functools.partial(_kernel, blocks=blocks, num_blocks=num_blocks, total_chunks=R // chunk),
+    functools.partial(_kernel, **static, segmented=segments is not None),
     name="slow_cross_attention_forward",
-    grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=4,
-      grid=(B, KB, R // blocks.row_block, num_blocks + 1),
-      in_specs=in_specs,
-      out_specs=[row_spec, line_spec],
-      scratch_shapes=[
-        pltpu.VMEM((num_chunks, 1, chunk), jnp.float32),
-        pltpu.VMEM(line, jnp.float32),
-        pltpu.VMEM((num_chunks, W, chunk), jnp.float32),
-        pltpu.VMEM((num_chunks, key_block, chunk), jnp.float32),
-        pltpu.VMEM(line, jnp.float32),
-      ],
-    ),
+    grid_spec=_grid(B, KB, R, W, num_blocks, blocks, segments is not None),
     out_shape=[
       jax.ShapeDtypeStruct(q.shape, q.dtype),
       jax.ShapeDtypeStruct((B, KB, 1, R), jnp.float32),
@@ -247,9 +239,9 @@ def forward(
       vmem_limit_bytes=blocks.vmem_limit,
     ),
     cost_estimate=pl.CostEstimate(
-      flops=4 * B * KB * R * S * W,
-      transcendentals=B * KB * R * S,
+      flops=4 * B * KB * R * fold.keys * W,
+      transcendentals=B * KB * R * fold.keys,
       bytes_accessed=2 * q.nbytes + (R // blocks.row_block) * (k.nbytes + v.nbytes),
     ),
     interpret=interpret,
-  )(*tiles.scalars(), *inputs)
+  )(*tiles.scalars(), q, k, v, *tile.segment_inputs(segments))

@@ -66,8 +66,7 @@ def _attention_forward(q, k, v, masks, scale, interpret, blocks):
     fold.keys_view(k),
     fold.keys_view(v),
     tiles,
-    row_segments,
-    masks[2],
+    None if row_segments is None else (row_segments, masks[2]),
     fold=fold,
     blocks=sizes,
     interpret=interpret,
@@ -114,21 +113,9 @@ def _backward_rows(keys, masks, fold, sizes, interpret, per_row, out_dtype):
   lengths, _, kv_segments = masks
   num_chunks = sizes.row_block // sizes.chunk
   tiles = plan_tiles(fold, lengths, row_segments, kv_segments, num_chunks, sizes.key_block)
-  return backward(
-    q,
-    do,
-    lse,
-    delta,
-    keys[0],
-    keys[1],
-    tiles,
-    row_segments,
-    kv_segments,
-    fold=fold,
-    blocks=sizes,
-    out_dtype=out_dtype,
-    interpret=interpret,
-  )
+  segments = None if row_segments is None else (row_segments, kv_segments)
+  options = {"fold": fold, "blocks": sizes, "out_dtype": out_dtype, "interpret": interpret}
+  return backward(q, do, lse, delta, keys[0], keys[1], tiles, segments, **options)
 
 
 def _backward_by_row_block(step, per_row, keys, num_blocks):

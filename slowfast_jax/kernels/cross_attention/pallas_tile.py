@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the TPU kernels share: products, masks and pieces of a tile, and the keys that a step reads.
+
+A tile is transposed, [keys, rows]: one chunk of rows against one block of keys.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+# Finite, so that a row that has seen no key yet has no NaN; its garbage is wiped by the factor
+# exp2(HIDDEN_SCORE - maximum) = 0 as soon as it sees one.
+HIDDEN_SCORE = -0.7 * float(jnp.finfo(jnp.float32).max)
+LN2 = math.log(2.0)
+PLAIN = (((1,), (0,)), ((), ()))
+ROWS_OF_BOTH = (((1,), (1,)), ((), ()))
+COLUMNS_OF_BOTH = (((0,), (0,)), ((), ()))
+SUBLANES = 8
+
+
+def dot(x, y, contracting):
+  """A product on the matrix unit, accumulated in float32; float32 operands keep their bits."""
+  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+  return jax.lax.dot_general(
+    x, y, contracting, precision=precision, preferred_element_type=jnp.float32
+  )
+
+
+def halve(x, combine):
+  """Reduces [keys, rows] to [8, rows] without crossing sublanes."""
+  return combine(x.reshape(-1, SUBLANES, x.shape[1]), axis=0)
+
+
+def hide(s, part, left, row_segments, key_segments):
+  """Replaces the scores of a strip that do not count.
+
+  Args:
+    s: scores, [keys, rows].
+    part: where in the block the strip lies, a slice.
+    left: valid keys of the block, may be more than it holds.
+    row_segments: [1, rows], or None.
+    key_segments: those of the whole block, [1, keys], together with `row_segments`.
+  """
+  mask = jax.lax.broadcasted_iota(jnp.int32, s.shape, 0) < left - part.start
+  if row_segments is not None:
+    column = jnp.broadcast_to(key_segments[:, part], (SUBLANES, s.shape[0])).T[:, :1]
+    mask &= column == row_segments
+  return jnp.where(mask, s, HIDDEN_SCORE)
+
+
+def clear_behind(x, part, left):
+  """Zeros behind the last key of a strip [keys, W], which is undefined, because 0 * NaN is NaN."""
+  inside = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) < left - part.start
+  return jnp.where(inside, x, 0)
+
+
+def strips_of(key_block: int, strip: int) -> list[slice]:
+  """The pieces of a block of keys that are in registers at a time."""
+  return [slice(x, min(x + strip, key_block)) for x in range(0, key_block, strip)]
+
+
+def rows_of(chunk_index, chunk: int):
+  """Where the rows of a chunk lie."""
+  return pl.ds(pl.multiple_of(chunk_index * chunk, chunk), chunk)
+
+
+def key_block_of(num_blocks: int, shift: int = 0) -> Callable:
+  """The block of keys that a step of the grid reads: the one `shift` steps before its own.
+
+  What no query sees at the front and at the back is not read: the index stays where it is.
+
+  Returns:
+    A function of the grid's indices (batch first, key block last) and the scalars of `Tiles`.
+  """
+
+  def index(*given):
+    b = given[0]
+    j, _, _, front, back = given[-5:]
+    return jnp.clip(j - shift, front[b], num_blocks - 1 - back[b])
+
+  return index
+
+
+def key_spec(key_block: int, width: int, block: Callable) -> pl.BlockSpec:
+  """A block of K or V, [B, S, L]; `block` as `key_block_of` gives it."""
+  return pl.BlockSpec((None, key_block, width), lambda b, h, *x: (b, block(b, h, *x), h))
+
+
+def key_segments_spec(key_block: int, block: Callable) -> pl.BlockSpec:
+  """The segments of a block of keys, [B, 1, S]."""
+  return pl.BlockSpec((None, 1, key_block), lambda b, *x: (b, 0, block(b, *x)))
+
+
+def segment_inputs(segments) -> tuple:
+  """The kernels' inputs for segments of rows [B, 1, R] and keys [B, S], none without them."""
+  return () if segments is None else (segments[0], segments[1][:, None])
