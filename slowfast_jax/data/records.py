@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -202,8 +203,17 @@ def parse_record(data: bytes, parse_metadata: Callable[[str], dict] = json.loads
   )
 
 
-@functools.cache
+# Two threads that import it at once wait for each other, each with a lock of TFDS's lazy imports.
+_importing = threading.Lock()
+
+
 def _proto():
+  with _importing:
+    return _import_proto()
+
+
+@functools.cache
+def _import_proto():
   # Late: importing it takes half a second, which listing or opening a folder need not spend.
   from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 

@@ -8,6 +8,8 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import grain
 import numpy as np
@@ -227,3 +229,19 @@ def test_a_wrong_index(folder, content, reason):
     file.write(b"?") if content is None else np.save(file, content)
   with pytest.raises(RecordsError, match=reason):
     RecordSource(folder)
+
+
+def test_threads_that_parse_at_once_import_one_after_the_other(monkeypatch):
+  """Else two of them wait for each other for ever, each with a lock of TFDS's lazy imports."""
+  inside, at_once = [], []
+
+  def slow_import():
+    inside.append(1)
+    at_once.append(len(inside))
+    time.sleep(0.02)
+    inside.pop()
+
+  monkeypatch.setattr(records, "_import_proto", slow_import)
+  with ThreadPoolExecutor(4) as pool:
+    list(pool.map(lambda _: records._proto(), range(4)))
+  assert at_once == [1, 1, 1, 1]
