@@ -138,7 +138,10 @@ def interrupt(runs: Runs, workdir: Path, how: signal.Signals, delay: float, chan
 def finish(runs: Runs, workdir: Path) -> float:
   began = time.monotonic()
   running = runs.start(workdir)
-  assert wait(running, 300), f"{workdir}: it hangs"
+  if not wait(running, 300):
+    for process in running:
+      process.kill()
+    raise AssertionError(f"{workdir}: it hangs: {logs_of(workdir)}")
   codes = [process.returncode for process in running]
   assert codes == [0] * runs.processes, f"{workdir}: exit codes {codes}: {logs_of(workdir)}"
   return time.monotonic() - began
