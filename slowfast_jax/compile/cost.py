@@ -25,6 +25,13 @@ COLLECTIVES = (
 # gradient, scores again, then the gradients of weights, v, k and q.
 _SPLASH = {"fwd": 2, "dkv": 5}
 
+# Sizes of the axes of a mesh, the order of its devices if it is not their own, and those axes along
+# which devices exchange.
+_NAMED_GROUPS = re.compile(
+  r"replica_groups=mesh\[([^\]]*)\]"
+  r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -248,6 +255,9 @@ def _add(
 
 def first_group(attributes: str, count: int) -> list[int]:
   """Devices that exchange with device 0, by their place on the mesh."""
+  named = _NAMED_GROUPS.search(attributes)
+  if named:
+    return _group_of_axes(*named.groups())
   compact = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
   if compact:
     sizes = [int(n) for n in compact[3].split(",")]
@@ -257,6 +267,25 @@ def first_group(attributes: str, count: int) -> list[int]:
     return order.reshape(int(compact[1]), int(compact[2]))[0].tolist()
   listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes)
   return [int(n) for n in listed[1].split(",")] if listed else list(range(count))
+
+
+def _group_of_axes(sizes: str, shape: str | None, order: str | None, axes: str) -> list[int]:
+  """The same, of groups that are written as axes of a mesh of the compiler's own."""
+  dims = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
+  devices = np.arange(math.prod(dims.values()))
+  if shape:
+    devices = devices.reshape([int(n) for n in shape.split(",")])
+  if order:
+    devices = devices.transpose([int(n) for n in order.split(",")])
+  devices = devices.reshape(list(dims.values()))
+  place = []
+  for name, size in dims.items():
+    # A part of an axis is written as 'axis':(devices before it)its size.
+    part = re.search(rf"'{name}'(?::\((\d+)\)(\d+))?", axes)
+    first, count = (int(part[1]), int(part[2])) if part and part[1] else (1, size)
+    step = size // first // count
+    place.append(slice(0, step * count, step) if part else slice(0, 1))
+  return devices[tuple(place)].flatten().tolist()
 
 
 def axes_of(group: list[int], mesh: dict[str, int]) -> str:

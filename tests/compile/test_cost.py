@@ -65,6 +65,10 @@ def test_collectives_are_told_by_axis_and_bytes():
     ("replica_groups=[1,8]<=[8]", "data, fsdp"),
     ("replica_groups={{0,1,2,3},{4,5,6,7}}", "fsdp"),
     ("source_target_pairs={{0,4},{4,0}}", "data"),
+    ("replica_groups=mesh['a'=8,'b'=1] {'a'}, x", "data, fsdp"),
+    ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, x", "fsdp"),
+    ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, x", "data"),
+    ("replica_groups=mesh['a'=8] {'a':(1)2}, x", "data"),
   ],
 )
 def test_groups_in_all_notations(groups, axes):
