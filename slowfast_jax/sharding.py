@@ -5,7 +5,7 @@ Model code names axes ("embed", "heads", "batch"); nothing there knows the mesh.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -139,6 +139,35 @@ def constrain_state(state: T) -> T:
     return leaf.replace(jax.lax.with_sharding_constraint(value, spec))
 
   return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def state_specs(state: Any, mesh: Mesh | AbstractMesh, over: Collection[str]) -> Any:
+  """How the leaves of a state lie over some mesh axes, for `jax.shard_map`."""
+
+  def of(leaf: Any) -> Any:
+    axes = leaf.get_metadata().get("axes", ()) if isinstance(leaf, nnx.Variable) else ()
+    value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+    named = axes if len(axes) == value.ndim else (None,) * value.ndim
+    spec = _fits(spec_of(named), value.shape, mesh)
+    kept = PartitionSpec(*(entry if entry in over else None for entry in spec))
+    return leaf.replace(kept) if isinstance(leaf, nnx.Variable) else kept
+
+  return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def gather(state: T, specs: Any) -> T:
+  """Whole arrays of a state of which each device has its part, inside of `jax.shard_map`.
+
+  The gradient of what is gathered is added up over devices as each gets its part of it.
+  """
+
+  def of(array: Array, spec: PartitionSpec) -> Array:
+    for axis, name in enumerate(spec):
+      if name is not None:
+        array = jax.lax.all_gather(array, name, axis=axis, tiled=True)
+    return array
+
+  return jax.tree.map(of, state, specs)
 
 
 def sharding_of(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:

@@ -6,9 +6,9 @@ So positions that are learned are taken to the front, and scored some at a time,
 pass once more; parts in which no position of the batch is learned are not scored at all.
 """
 
-import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import einops
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from slowfast_jax.sharding import RULES, axes_that_divide, mesh_in_force
+from slowfast_jax.sharding import RULES, axes_that_divide, gather, mesh_in_force, state_specs
 
 # Scores of a device that exist together: 256 MiB, and enough rows to fill a matrix unit.
 SCORES_AT_ONCE = 2**26
@@ -38,7 +38,7 @@ def next_token_loss(
 
   Args:
     hidden: last hidden states.
-    project: their scores of the vocabulary; on a mesh a pytree, see `Decoder.projection`.
+    project: their scores of the vocabulary; a pytree, see `Decoder.projection`.
     targets: the next token of each position.
     weights: how much each counts; 0 where nothing is learned.
     total: what the sums are divided by; None: the weights' sum, at least 1.
@@ -52,24 +52,14 @@ def next_token_loss(
   if total is None:
     total = total_weight(weights)
 
-  def sums(project: Project, hidden: Array, targets: Array, weights: Array):
-    logits = project(hidden).astype(jnp.float32)
-    partition = jax.nn.logsumexp(logits, axis=-1)
-    # Not an index: a vocabulary that is spread over devices is summed where it lies.
-    here = jnp.arange(logits.shape[-1]) == targets[..., None]
-    picked = jnp.sum(jnp.where(here, logits, 0.0), axis=-1)
-    right = jnp.argmax(logits, axis=-1) == targets
-    parts = (partition - picked, right.astype(jnp.float32), jnp.square(partition))
-    return jnp.stack([jnp.sum(part * weights) for part in parts])
-
   arrays = (hidden, targets, weights)
-  whole = chunk is None or chunk >= hidden.shape[1]
 
-  def all_sums(project: Project, *arrays: Array) -> Float[Array, " three"]:
-    some = functools.partial(sums, project)
-    return some(*arrays) if whole else _sum_chunks(some, arrays, chunk or 1)
+  def sums(project: Project, *arrays: Array) -> Float[Array, " three"]:
+    if chunk is None or chunk >= hidden.shape[1]:
+      return _sums(project, *arrays)
+    return _sum_chunks(project, *_chunks(arrays, chunk))
 
-  found = _sum_devices(all_sums, project, arrays)
+  found = _sum_devices(sums, project, arrays)
   nll, right, squares = found / total
   metrics = {"loss": nll, "token_accuracy": right}
   if z_loss:
@@ -96,6 +86,23 @@ def chunk_length(batch_size: int, vocab_size: int) -> int:
   return max(SCORES_AT_ONCE // scores, 1)
 
 
+def _sums(
+  project: Project,
+  hidden: Float[Array, "B T D"],
+  targets: Int[Array, "B T"],
+  weights: Float[Array, "B T"],
+) -> Float[Array, " three"]:
+  """Weighted sums over positions: cross-entropy, right answers, squared log-partitions."""
+  logits = project(hidden).astype(jnp.float32)
+  partition = jax.nn.logsumexp(logits, axis=-1)
+  # Not an index: a vocabulary that is spread over devices is summed where it lies.
+  here = jnp.arange(logits.shape[-1]) == targets[..., None]
+  picked = jnp.sum(jnp.where(here, logits, 0.0), axis=-1)
+  right = jnp.argmax(logits, axis=-1) == targets
+  parts = (partition - picked, right.astype(jnp.float32), jnp.square(partition))
+  return jnp.stack([jnp.sum(part * weights) for part in parts])
+
+
 def _sum_devices(
   sums: Callable[..., Float[Array, " three"]], project: Project, arrays: tuple[Array, ...]
 ) -> Float[Array, " three"]:
@@ -108,15 +115,16 @@ def _sum_devices(
   axes = () if mesh is None else axes_that_divide("batch", len(arrays[0]), mesh)
   if mesh is None or math.prod(mesh.shape[axis] for axis in axes) == 1:
     return sums(project, *arrays)
+  specs = state_specs(project, mesh, axes)
 
   def local(project: Project, *arrays: Array) -> Float[Array, "devices three"]:
-    return sums(project, *arrays)[None]
+    return sums(gather(project, specs), *arrays)[None]
 
   lie = PartitionSpec(axes)
   # Unchecked: the projection's own derivative does not say over which axes it varies.
   parts = jax.shard_map(
     local,
-    in_specs=(PartitionSpec(), *[lie] * len(arrays)),
+    in_specs=(specs, *[lie] * len(arrays)),
     out_specs=lie,
     axis_names=set(axes),
     check_vma=False,
@@ -124,11 +132,9 @@ def _sum_devices(
   return parts.sum(axis=0)
 
 
-def _sum_chunks(
-  sums: Callable[..., Float[Array, " three"]], arrays: tuple[Array, ...], chunk: int
-) -> Float[Array, " three"]:
-  """`sums(*arrays)`, of some positions of every row at a time, learned ones first."""
-  hidden, targets, weights = arrays
+def _chunks(arrays: tuple[Array, ...], chunk: int) -> list[Array]:
+  """Arrays [B, T, ...] as [n, B, t, ...], positions that are learned first."""
+  hidden, _, weights = arrays
   num_chunks = -(-hidden.shape[1] // chunk)
   size = -(-hidden.shape[1] // num_chunks)
   padding = [(0, 0), (0, size * num_chunks - hidden.shape[1])]
@@ -140,15 +146,59 @@ def _sum_chunks(
     x = jnp.pad(x, padding + [(0, 0)] * (x.ndim - 2))
     return einops.rearrange(x, "B (n t) ... -> n B t ...", n=num_chunks)
 
-  @jax.checkpoint
-  def one(hidden: Array, targets: Array, weights: Array) -> Float[Array, " three"]:
-    def nothing(*_: Array) -> Float[Array, " three"]:
-      return jnp.zeros(3)
+  return [split(x) for x in arrays]
 
-    return jax.lax.cond(jnp.any(weights != 0), sums, nothing, hidden, targets, weights)
 
-  def body(done: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
-    return done + one(*part), None
+@jax.custom_vjp
+def _sum_chunks(
+  project: Project,
+  hidden: Float[Array, "n B t D"],
+  targets: Int[Array, "n B t"],
+  weights: Float[Array, "n B t"],
+) -> Float[Array, " three"]:
+  """`_sums`, of one chunk after the other; chunks without weights are not scored.
 
-  parts = (split(hidden), split(targets), split(weights))
-  return jax.lax.scan(body, jnp.zeros(3), parts)[0]
+  Its derivative is its own because JAX's would write a gradient of the projection for every chunk,
+  zeros for those that are not scored, before it adds them up.
+  """
+
+  def body(done: Array, part: list[Array]) -> tuple[Array, None]:
+    return jax.lax.cond(
+      jnp.any(part[2] != 0), lambda: done + _sums(project, *part), lambda: done
+    ), None
+
+  return jax.lax.scan(body, jnp.zeros(3), [hidden, targets, weights])[0]
+
+
+def _sum_chunks_forward(project: Any, *arrays: Any):
+  learns = any(leaf.perturbed for leaf in jax.tree.leaves(project))
+  values = jax.tree.map(lambda leaf: leaf.value, (project, *arrays))
+  # An empty tuple or None, since what is kept must be arrays.
+  return _sum_chunks(*values), (values, () if learns else None)
+
+
+def _sum_chunks_backward(kept: tuple, dy: Float[Array, " three"]):
+  (project, *parts), learns = kept
+
+  def body(done: Any, part: list[Array]):
+    hidden, targets, weights = part
+
+    def scored():
+      if learns is None:
+        _, pull = jax.vjp(lambda *x: _sums(project, x[0], targets, x[1]), hidden, weights)
+        return done, pull(dy)
+      _, pull = jax.vjp(lambda p, *x: _sums(p, x[0], targets, x[1]), project, hidden, weights)
+      more, *found = pull(dy)
+      return jax.tree.map(jnp.add, done, more), tuple(found)
+
+    def skipped():
+      return done, (jnp.zeros_like(hidden), jnp.zeros_like(weights))
+
+    return jax.lax.cond(jnp.any(weights != 0), scored, skipped)
+
+  zeros = None if learns is None else jax.tree.map(jnp.zeros_like, project)
+  dproject, (dhidden, dweights) = jax.lax.scan(body, zeros, parts)
+  return dproject, dhidden, None, dweights
+
+
+_sum_chunks.defvjp(_sum_chunks_forward, _sum_chunks_backward, symbolic_zeros=True)

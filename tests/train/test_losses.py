@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from slowfast_jax.sharding import make_mesh
 from slowfast_jax.train.losses import SCORES_AT_ONCE, chunk_length, next_token_loss
 
 
+@jax.tree_util.Partial
 def same(scores):
   """Scores as the last hidden states: nothing is left to project."""
   return scores
@@ -77,9 +79,7 @@ WEIGHTS = jnp.asarray(
 
 def program(chunk, z_loss=1e-2):
   def run(hidden, head):
-    def project(x):
-      return x @ head
-
+    project = jax.tree_util.Partial(jnp.matmul, b=head)
     return next_token_loss(hidden, project, TARGETS, WEIGHTS, z_loss=z_loss, chunk=chunk)
 
   return jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
@@ -95,6 +95,37 @@ def test_the_loss_in_chunks_is_the_plain_loss(plain, chunk):
   # Sums of some hundred numbers of size 1, in another order.
   check = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
   jax.tree.map(check, program(chunk)(HIDDEN, HEAD), plain)
+
+
+def test_a_head_that_is_spread_gives_the_same_loss_and_gradients(plain):
+  mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+  head = jax.device_put(HEAD, jax.NamedSharding(mesh, jax.P("fsdp", "tensor")))
+
+  def run(hidden, head):
+    project = jax.tree_util.Partial(_times, nnx.Param(head, axes=("embed", "vocab")))
+    return next_token_loss(hidden, project, TARGETS, WEIGHTS, z_loss=1e-2, chunk=8)
+
+  with jax.set_mesh(mesh):
+    found = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))(HIDDEN, head)
+  check = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  jax.tree.map(check, found, plain)
+
+
+def _times(head, hidden):
+  return hidden @ head[...]
+
+
+def test_a_frozen_head_has_no_gradient_and_changes_no_other(plain):
+  def run(hidden):
+    project = jax.tree_util.Partial(jnp.matmul, b=HEAD)
+    return next_token_loss(hidden, project, TARGETS, WEIGHTS, z_loss=1e-2, chunk=8)[0]
+
+  frozen = jax.jit(jax.grad(run))
+  np.testing.assert_allclose(frozen(HIDDEN), plain[1][0], rtol=1e-5, atol=1e-6)
+  # The product that would make one.
+  made = re.compile(rf"f32\[{D},{V}\]\S* dot\(")
+  assert not made.search(frozen.lower(HIDDEN).compile().as_text())
+  assert made.search(program(8).lower(HIDDEN, HEAD).compile().as_text())
 
 
 def test_the_z_loss_is_the_mean_squared_log_partition(plain):
