@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from slowfast_jax.models.remat import PRODUCT, keep
+from slowfast_jax.sharding import axes_that_divide, mesh_in_force
 
 # Standard deviation of fresh token embeddings, of words and of pictures alike. Much smaller, and
 # what the first layers add would drown which token it is.
@@ -179,6 +181,34 @@ class LayerNorm(nnx.Module):
     return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
+def look_up(
+  table: Float[Array, "V D"], ids: Int[Array, "*L"], dtype: jnp.dtype
+) -> Float[Array, "*L D"]:
+  """Rows of a table of embeddings.
+
+  Where the table is spread, each device looks all ids of its group up in its own columns, and rows
+  travel: neither the table nor its gradient is ever whole on a device.
+  """
+  mesh = mesh_in_force()
+  spread = 1 if mesh is None else mesh.shape["fsdp"]
+  rows = () if mesh is None or ids.ndim < 2 else axes_that_divide("batch", ids.shape[0], mesh)
+  # Rounded behind the look-up: gradients of one word at many places are then summed in float32.
+  if spread == 1 or "fsdp" not in rows or table.shape[1] % spread:
+    return table[ids].astype(dtype)
+
+  def local(table: Array, ids: Array) -> Array:
+    ids = jax.lax.all_gather(ids, "fsdp", tiled=True)
+    found = table[ids].astype(dtype)
+    return jax.lax.all_to_all(found, "fsdp", 0, found.ndim - 1, tiled=True)
+
+  return jax.shard_map(
+    local,
+    in_specs=(PartitionSpec(None, "fsdp"), PartitionSpec(rows)),
+    out_specs=PartitionSpec(rows),
+    axis_names=set(rows),
+  )(table, ids)
+
+
 class Embedding(nnx.Module):
   """Token ids to vectors; `attend` is the tied output projection."""
 
@@ -187,8 +217,7 @@ class Embedding(nnx.Module):
     self.embedding = make_param(init, rngs, (num_embeddings, size), ("vocab", "embed"))
 
   def __call__(self, ids: Int[Array, "*L"], dtype: jnp.dtype) -> Float[Array, "*L D"]:
-    # Rounded behind the look-up: gradients of one word at many places are then summed in float32.
-    return self.embedding[...][ids].astype(dtype)
+    return look_up(self.embedding[...], ids, dtype)
 
   def attend(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
     """Float32 scores of all embeddings."""

@@ -15,10 +15,12 @@ from slowfast_jax.models.layers import (
   RMSNorm,
   layer_of,
   linear,
+  look_up,
   make_param,
   stack,
   unstack,
 )
+from slowfast_jax.sharding import make_mesh
 from tests.models import oracle
 
 
@@ -123,3 +125,25 @@ def test_keys_are_those_of_the_librarys_stream():
   ours, theirs = Keys(key), nnx.Rngs(key)
   for _ in range(3):
     assert jnp.array_equal(jax.random.key_data(ours.params()), jax.random.key_data(theirs.params()))
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_a_spread_table_gives_the_same_rows_and_gradient_and_is_never_whole(sizes):
+  keys = jax.random.split(jax.random.key(0), 3)
+  table, ids = jax.random.normal(keys[0], (40, 16)), jax.random.randint(keys[1], (8, 5), 0, 40)
+  factors = jax.random.normal(keys[2], (8, 5, 16))
+
+  def run(table):
+    rows = look_up(table, ids, jnp.float32)
+    return jnp.sum(rows * factors), rows
+
+  program = jax.value_and_grad(run, has_aux=True)
+  (_, rows), gradient = program(table)
+  mesh = make_mesh(sizes)
+  with jax.set_mesh(mesh):
+    place = jax.NamedSharding(mesh, jax.P(None, "fsdp"))
+    compiled = jax.jit(program, out_shardings=(None, place)).lower(jax.device_put(table, place))
+    (_, spread_rows), spread = compiled.compile()(jax.device_put(table, place))
+  np.testing.assert_array_equal(spread_rows, rows)
+  np.testing.assert_allclose(spread, gradient, rtol=1e-6, atol=1e-6)  # Another order of sums.
+  assert "f32[40,16]" not in compiled.compile().as_text()
