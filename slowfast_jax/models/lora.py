@@ -73,8 +73,8 @@ class Lora(nnx.LoRA):
       cfg.rank,
       math.prod(shape[count:]),
       # Several axes are one here, and its name is that of the first, by which they are spread.
-      a_metadata={"axes": (axes[0], None), "inputs": 1},
-      b_metadata={"axes": (None, axes[count]), "inputs": 1},
+      a_metadata={"axes": (axes[0], _rank_beside(axes[0])), "inputs": 1},
+      b_metadata={"axes": (_rank_beside(axes[count]), axes[count]), "inputs": 1},
       rngs=cast(nnx.Rngs, rngs),
     )
     self.num_inputs, self.outputs, self.scale = count, tuple(shape[count:]), cfg.scale
@@ -85,6 +85,11 @@ class Lora(nnx.LoRA):
     inner = linear("...i,ir->...r", x.reshape(*rows, self.in_features), self.lora_a[...])
     outer = linear("...r,ro->...o", inner, self.lora_b[...])
     return self.scale * outer.reshape(*rows, *self.outputs)
+
+
+def _rank_beside(name: str | None) -> str | None:
+  """What the axis of the rank is called: adapters are spread as far as kernels are."""
+  return None if name == "embed" else "embed"
 
 
 class AdaptedProjection(Projection):
