@@ -27,6 +27,7 @@ from slowfast_jax.errors import UserError
 from slowfast_jax.generate.engine import Engine
 from slowfast_jax.generate.sessions import SessionStore, VideoSession
 from slowfast_jax.generate.video import read_media
+from slowfast_jax.models.int8 import has_int8_weights
 from slowfast_jax.models.slowfast import SlowFastConfig
 
 _WRITERS = {"orbax": save_export, "huggingface": save_hf}
@@ -189,7 +190,13 @@ class VLM:
     return array[None] if still else array
 
 
-def load(path: str | os.PathLike, dtype: str = "float32", mesh: Mesh | None = None) -> VLM:
+def load(
+  path: str | os.PathLike,
+  dtype: str = "float32",
+  mesh: Mesh | None = None,
+  *,
+  int8: bool = False,
+) -> VLM:
   """Opens a checkpoint.
 
   Args:
@@ -197,11 +204,14 @@ def load(path: str | os.PathLike, dtype: str = "float32", mesh: Mesh | None = No
       a training run that has one.
     dtype: of parameters and computation, e.g. "bfloat16".
     mesh: the devices that it is spread over, see `sharding.make_mesh`; None: the first one.
+    int8: keep the decoder's weights as int8 with a scale a channel: a quarter of the memory for
+      about a percent of error. Needs the extra `int8`; such a model cannot be saved.
 
   Raises:
-    UserError: the folder holds no model, or a part of it is missing or damaged.
+    UserError: the folder holds no model, a part of it is missing or damaged, or the extra is not
+      installed.
   """
-  return VLM(load_checkpoint(path, mesh, dtype), mesh, dtype)
+  return VLM(load_checkpoint(path, mesh, dtype, int8=int8), mesh, dtype)
 
 
 def save(vlm: VLM, path: str | os.PathLike, format: str = "orbax") -> None:
@@ -213,10 +223,12 @@ def save(vlm: VLM, path: str | os.PathLike, format: str = "orbax") -> None:
     format: "orbax", or "huggingface": the official layout, which PyTorch code opens too.
 
   Raises:
-    UserError: an unknown format.
+    UserError: an unknown format, or the model's weights are int8.
   """
   if format not in _WRITERS:
     raise UserError(f"format must be one of {list(_WRITERS)}, got {format!r}.")
+  if has_int8_weights(vlm.export.params):
+    raise UserError("The model's weights are int8; load it without `int8` to save it.")
   _WRITERS[format](path, vlm.export)
 
 

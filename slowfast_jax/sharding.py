@@ -185,9 +185,14 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
   def of(leaf: Any) -> Any:
     if not isinstance(leaf, nnx.Variable):
       return NamedSharding(mesh, PartitionSpec())
-    axes, shape = leaf.get_metadata().get("axes", ()), leaf.get_value().shape
-    # Some optimisers keep sums over an axis: too small to be worth spreading.
-    return leaf.replace(sharding_of(axes if len(axes) == len(shape) else (), shape, mesh))
+    axes = leaf.get_metadata().get("axes", ())
+
+    def place(array: Any) -> NamedSharding:
+      # Some optimisers keep sums over an axis: too small to be worth spreading.
+      return sharding_of(axes if len(axes) == array.ndim else (), array.shape, mesh)
+
+    # Several arrays where the parameter is quantised.
+    return leaf.replace(jax.tree.map(place, leaf.get_value()))
 
   return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from slowfast_jax.models.int8 import is_int8, linear_int8
 from slowfast_jax.models.remat import PRODUCT, keep
 from slowfast_jax.sharding import axes_that_divide, mesh_in_force
 
@@ -55,7 +56,7 @@ def make_param(
 
 
 def linear(
-  equation: str, x: Float[Array, "..."], kernel: Float[Array, "..."], dtype: Any = None
+  equation: str, x: Float[Array, "..."], kernel: Any, dtype: Any = None
 ) -> Float[Array, "..."]:
   """The einsum of x and a float32 kernel, computed in the dtype of x.
 
@@ -65,9 +66,11 @@ def linear(
   Args:
     equation: e.g. "...D,DNH->...NH".
     x: activations.
-    kernel: a parameter.
+    kernel: a parameter; or one that `int8` has rounded, for answering.
     dtype: of the result; None: that of x.
   """
+  if is_int8(kernel):
+    return linear_int8(equation, x, kernel, dtype or x.dtype)
   return keep(_linear(equation, x.dtype, dtype or x.dtype, x, kernel), PRODUCT)
 
 
