@@ -76,6 +76,21 @@ class KVCache:
   k: Float[Array, "L B T K H"]
   v: Float[Array, "L B T K H"]
 
+  def write(
+    self,
+    depth: int | Int[Array, ""],
+    slots: Int[Array, "B T"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+  ) -> "KVCache":
+    """New keys and values of a layer. In place: the cache goes through a step as one array."""
+    rows = jnp.arange(k.shape[0])[:, None]
+    put = [
+      old.at[depth, rows, slots].set(new.astype(old.dtype))
+      for old, new in zip((self.k, self.v), (k, v))
+    ]
+    return KVCache(*put)
+
 
 # The hook of a hybrid layer: (rotated q, self-attention output o) -> o plus what was read.
 ReadSlow = Callable[[Array, Array], Array]
@@ -134,22 +149,22 @@ class DecoderLayer(nnx.Module):
     x: Float[Array, "B T D"],
     rope,
     mask: Causal | Bool[Array, "B 1 T L"],
-    cache: tuple[Array, Array] | None = None,
+    cache: KVCache | None = None,
+    depth: int | Int[Array, ""] = 0,
     slots: Int[Array, "B T"] | None = None,
     read_slow: ReadSlow | None = None,
   ):
-    """Returns the layer's output and its keys and values (the updated cache if there is one)."""
+    """Returns the layer's output and its keys and values; or the cache with them in it."""
     q_BTNH, k, v = self.attention.queries_keys_values(self.input_norm(x), rope)
     q_BTNH, k, v = keep(q_BTNH, "queries"), keep(k, "keys"), keep(v, "values")
-    if cache is not None:
-      rows = jnp.arange(x.shape[0])[:, None]
-      k = cache[0].at[rows, slots].set(k.astype(cache[0].dtype))
-      v = cache[1].at[rows, slots].set(v.astype(cache[1].dtype))
+    if cache is not None and slots is not None:
+      cache = cache.write(depth, slots, k, v)
+      k, v = cache.k[depth], cache.v[depth]
     o_BTNH = self_attention(q_BTNH, k.astype(x.dtype), v.astype(x.dtype), mask)
     if read_slow is not None:
       o_BTNH = read_slow(q_BTNH, o_BTNH)
     x = x + self.attention.out(keep(o_BTNH, "attention"))
-    return x + self.mlp(self.post_norm(x)), (k, v)
+    return x + self.mlp(self.post_norm(x)), (k, v) if cache is None else cache
 
 
 class Decoder(nnx.Module):
@@ -194,32 +209,37 @@ class Decoder(nnx.Module):
     rope = rope_table(positions, freq)
     collected: list[tuple[Array, Array]] = []
 
-    def run(layer, x, layer_cache, read_slow=None):
-      return layer(x, rope, mask, layer_cache, positions, read_slow)
+    def run(layer, x, cache, depth, read_slow=None):
+      return layer(x, rope, mask, cache, depth, positions, read_slow)
 
     for start, stop, hybrid in _runs(self.cfg.num_layers, sorted(readers)):
       if hybrid:
-        layer = layer_of(self.layers, start)
-        piece = None if cache is None else (cache.k[start], cache.v[start])
-        read_slow = readers[start]
+        layer, read_slow = layer_of(self.layers, start), readers[start]
 
-        def hybrid_layer(x, layer=layer, piece=piece, read_slow=read_slow):
-          return run(layer, x, piece, read_slow)
+        def hybrid_layer(x, cache, layer=layer, depth=start, read_slow=read_slow):
+          return run(layer, x, cache, depth, read_slow)
 
-        x, (k, v) = remat(hybrid_layer, policy)(x)
-        collected.append((k[None], v[None]))
+        x, found = remat(hybrid_layer, policy)(x, cache)
+        if cache is None:
+          collected.append(jax.tree.map(lambda array: array[None], found))
+        else:
+          cache = found
         continue
       graphdef, states = unstack(self.layers, start, stop)
-      pieces = None if cache is None else (cache.k[start:stop], cache.v[start:stop])
 
-      def body(x, inputs, graphdef=graphdef):
-        state, piece = inputs
-        return run(nnx.merge(graphdef, state), x, piece)
+      def body(carry, inputs, graphdef=graphdef):
+        x, cache = carry
+        state, depth = inputs
+        x, found = run(nnx.merge(graphdef, state), x, cache, depth)
+        return ((x, None), found) if cache is None else ((x, found), None)
 
-      x, kv = jax.lax.scan(remat(body, policy), x, (states, pieces))
+      (x, cache), kv = jax.lax.scan(
+        remat(body, policy), (x, cache), (states, jnp.arange(start, stop))
+      )
       collected.append(kv)
-    k, v = (jnp.concatenate(parts) for parts in zip(*collected))
-    return self.norm(x), KVCache(k, v)
+    if cache is None:
+      cache = KVCache(*(jnp.concatenate(parts) for parts in zip(*collected)))
+    return self.norm(x), cache
 
   def projection(self) -> Callable[[Float[Array, "*L D"]], Float[Array, "*L V"]]:
     """`logits` as a function that is a pytree of the arrays that it needs."""
