@@ -55,6 +55,7 @@ class _Run:
   visual: Visual
   sampling: Sampling
   count: int
+  ended: np.ndarray  # Rows that take no more tokens.
 
 
 class Engine:
@@ -259,21 +260,31 @@ class Engine:
     sessions: Sequence[Sessions],
     max_new_tokens: int = 256,
     *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | Sequence[int] = 0,
     stop: Sequence[str] = (),
-    **options: Any,
+    decode_cross_attention: bool = True,
   ) -> list[str]:
     """The replies as text.
 
     Args:
       questions: or conversations that end with one.
       sessions, max_new_tokens: as in `generate`.
-      stop: a reply ends before the first of these strings.
-      **options: as in `generate`.
+      temperature, top_p, top_k, seed, decode_cross_attention: as in `generate`.
+      stop: a reply ends before the first of these strings; nothing is computed past them.
     """
     prompts = [self.prompt_ids(question, s) for question, s in zip(questions, sessions)]
     texts = [TextPieces(self.tokenizer, stop) for _ in prompts]
-    replies = self.generate(prompts, sessions, max_new_tokens, **options)
-    return [text.update(ids, final=True) for text, ids in zip(texts, replies)]
+    if not prompts:
+      return []
+    sampling = make_sampling(len(prompts), temperature, top_p, top_k, seed)
+    run = self._start(prompts, sessions, max_new_tokens, sampling, decode_cross_attention)
+    if not stop:  # Then the device need not wait for the text.
+      self._advance(run, max_new_tokens)
+      return [text.update(ids, final=True) for text, ids in zip(texts, self._new_ids(run))]
+    return ["".join(parts) for parts in zip(*self._pieces(run, texts, max_new_tokens))]
 
   def stream(
     self,
@@ -298,14 +309,9 @@ class Engine:
     self.check_length(ids, sessions)
     sampling = make_sampling(1, temperature, top_p, top_k, seed)
     run = self._start([ids], [sessions], max_new_tokens, sampling, decode_cross_attention)
-    for limit in [*range(1, max_new_tokens, STREAM_STEPS), max_new_tokens]:
-      self._advance(run, limit)
-      (ids,) = self._new_ids(run)
-      final = limit == max_new_tokens or len(ids) < limit or ids[-1] in self.stop_ids
-      if piece := pieces.update(ids, final):
+    for (piece,) in self._pieces(run, [pieces], max_new_tokens):
+      if piece:
         yield piece
-      if final or pieces.stopped:
-        return
 
   def slow_attention(
     self, ids: Sequence[int], session: VideoSession, reply: Sequence[int] = ()
@@ -426,14 +432,29 @@ class Engine:
     )
     if not decode_cross_attention:
       visual = dataclasses.replace(visual, kv=None)
-    return _Run(state, visual, sampling, len(prompts))
+    return _Run(state, visual, sampling, len(prompts), np.zeros(rows, np.bool_))
+
+  def _pieces(
+    self, run: _Run, texts: Sequence[TextPieces], max_new_tokens: int
+  ) -> Iterator[list[str]]:
+    """What every row's text gains, a few tokens at a time, until all have ended."""
+    for limit in [*range(1, max_new_tokens, STREAM_STEPS), max_new_tokens]:
+      self._advance(run, limit)
+      gained = []
+      for i, (text, ids) in enumerate(zip(texts, self._new_ids(run))):
+        final = limit == max_new_tokens or len(ids) < limit or ids[-1] in self.stop_ids
+        gained.append(text.update(ids, final))
+        run.ended[i] |= final or text.stopped
+      yield gained
+      if run.ended[: run.count].all():
+        return
 
   def _advance(self, run: _Run, limit: int) -> None:
     run.state = self._decode(
       state=run.state,
       visual=run.visual,
       sampling=run.sampling,
-      limits=np.full(len(run.sampling.seed), limit, np.int32),
+      limits=np.where(run.ended, 0, limit).astype(np.int32),
       steps=np.int32(limit),
       stop_ids=np.array(self.stop_ids, np.int32),
     )

@@ -179,6 +179,21 @@ def test_a_stream_is_the_answer_in_pieces(engine):
   assert "".join(engine.stream(QUESTION, session, 1)) == engine.answer([QUESTION], [session], 1)[0]
 
 
+def test_nothing_is_computed_past_stop_strings(engine, monkeypatch):
+  sessions = [engine.encode(frames(8, 1)), None]
+  whole = engine.answer([QUESTION, LONGER], sessions, NEW)
+  stop = [text[2:4] for text in whole]
+  assert all(len(text) > 12 and two.strip() for text, two in zip(whole, stop))
+  calls, decode = [], engine._decode
+  monkeypatch.setattr(engine, "_decode", lambda **args: calls.append(args) or decode(**args))
+  cut = engine.answer([QUESTION, LONGER], sessions, NEW, stop=stop)
+  assert cut == [min((text.split(s)[0] for s in stop), key=len) for text in whole]
+  ended = [np.count_nonzero(call["limits"] == 0) for call in calls]
+  assert len(calls) * 4 < NEW
+  # A row that has ended stands still while the other goes on.
+  assert ended == sorted(ended)
+
+
 def test_samples_depend_on_prompt_and_seed_alone(engine):
   prompts, sessions, _ = mixed(engine)
   options = {"temperature": 1.0, "top_p": 0.95}
