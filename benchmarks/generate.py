@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.hugging_face import make_qwen2
 from slowfast_jax.checkpoints.store import Export, VideoConfig
 from slowfast_jax.data.chat import IMAGE_TOKEN
-from slowfast_jax.errors import UsageError, UserError
+from slowfast_jax.errors import UsageError
 from slowfast_jax.generate.engine import Engine
 from slowfast_jax.models.decoder import DecoderConfig
 from slowfast_jax.models.hybrid import HybridConfig
@@ -215,27 +216,11 @@ def _ours(engine: Engine, prompt, session, new_tokens: int) -> Callable[[], tupl
 
 def _torch(new_tokens: int) -> Callable[[], tuple[float, float]]:
   """The same of Qwen2 in PyTorch, fed token by token: `generate` would only add to it."""
-  try:
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-  except ImportError as error:
-    raise UserError(
-      f"The other side needs PyTorch and transformers ({error}); install them with "
-      "`pip install -e .[parity]`."
-    ) from error
+  model = make_qwen2(_MODEL.decoder).eval()
+  import torch
+
   torch.set_num_threads(_cores())
-  c = _MODEL.decoder
-  model = Qwen2ForCausalLM(
-    Qwen2Config(
-      vocab_size=c.vocab_size,
-      hidden_size=c.width,
-      intermediate_size=c.mlp_width,
-      num_hidden_layers=c.num_layers,
-      num_attention_heads=c.num_heads,
-      num_key_value_heads=c.num_kv_heads,
-    )
-  ).eval()
-  ids = torch.randint(0, c.vocab_size, (1, _positions()))
+  ids = torch.randint(0, _MODEL.decoder.vocab_size, (1, _positions()))
 
   def step(ids: Any, cache: Any) -> tuple[Any, Any]:
     out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)

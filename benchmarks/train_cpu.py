@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.hugging_face import make_qwen2
 from slowfast_jax.data.packing import Geometry, Sample, build_row, collate
 from slowfast_jax.errors import UserError
 from slowfast_jax.models.decoder import DecoderConfig
@@ -128,26 +129,9 @@ def torch_step(batch: Batch) -> Callable[[], Any]:
   Raises:
     UserError: PyTorch or Transformers is missing.
   """
-  try:
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-  except ImportError as error:
-    raise UserError(
-      f"{error.name} is not installed; install what this compares with: pip install '.[parity]'."
-    ) from error
-  sizes = MODEL.decoder
-  model = Qwen2ForCausalLM(
-    Qwen2Config(
-      vocab_size=sizes.vocab_size,
-      hidden_size=sizes.width,
-      intermediate_size=sizes.mlp_width,
-      num_hidden_layers=sizes.num_layers,
-      num_attention_heads=sizes.num_heads,
-      num_key_value_heads=sizes.num_kv_heads,
-      max_position_embeddings=4096,
-      tie_word_embeddings=sizes.tie_embeddings,
-    )
-  ).train()
+  model = make_qwen2(MODEL.decoder).train()
+  import torch
+
   optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
   ids = torch.from_numpy(np.asarray(batch.tokens, np.int64))
 
