@@ -41,6 +41,14 @@ _MODULES = ("starlette", "uvicorn", "prometheus_client", "pydantic", "python_mul
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add("--checkpoint", required=True, metavar="DIR", help="an export or a Hugging Face folder")
+  add("--int8", action="store_true", help="the decoder's weights as int8: a quarter of the memory")
+  add(
+    "--mesh",
+    default="tensor=-1",
+    metavar="AXIS=N,...",
+    help="how the devices share the work: data (slots), context (slow tokens), tensor and fsdp "
+    "(weights); -1 takes what is left (%(default)s)",
+  )
   add("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (%(default)s)")
   add("--port", type=int, default=8000, metavar="N", help="0: any that is free (%(default)s)")
   add("--name", help="of the model, for clients (the checkpoint's folder)")
@@ -104,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
       keys,
       not args.no_page,
       limits,
+      _mesh(args.mesh),
+      args.int8,
     )
   )
   return 0
@@ -121,6 +131,17 @@ def _check_extra(no_page: bool) -> None:
       f"serving needs packages that are not installed ({', '.join(missing)}); "
       'pip install "slowfast-jax[serve]"'
     )
+
+
+def _mesh(text: str) -> dict[str, int]:
+  """The sizes of a mesh's axes, as "data=2,tensor=4"."""
+  try:
+    pairs = [part.split("=") for part in text.split(",")]
+    return {name.strip(): int(size) for name, size in pairs}
+  except ValueError:
+    raise UsageError(
+      f"--mesh must name axes and their sizes, such as data=2,tensor=4, got {text!r}."
+    ) from None
 
 
 def _folder(name: str) -> Path:

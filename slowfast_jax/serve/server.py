@@ -6,10 +6,9 @@ import contextlib
 import dataclasses
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jax
 import uvicorn
 
 from slowfast_jax.checkpoints.open import load_checkpoint
@@ -47,6 +46,8 @@ class Options:
     keys: API keys; none: everybody may ask.
     page: whether there is a web page.
     limits: of requests.
+    mesh: sizes of the mesh's axes, see `sharding.make_mesh`.
+    int8: keep the decoder's weights as int8.
   """
 
   checkpoint: str
@@ -62,6 +63,8 @@ class Options:
   keys: Sequence[str] = ()
   page: bool = True
   limits: Limits = dataclasses.field(default_factory=Limits)
+  mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"tensor": -1})
+  int8: bool = False
 
 
 def serve(options: Options) -> None:
@@ -72,10 +75,11 @@ def serve(options: Options) -> None:
   """
   with contextlib.ExitStack() as stack:
     listener = stack.enter_context(contextlib.closing(_bind(options.host, options.port)))
-    print(f"Loading {options.checkpoint} ...", flush=True)
     # All devices: a large model fits on none alone.
-    mesh = make_mesh({"tensor": -1}) if jax.device_count() > 1 else None
-    engine = Engine(load_checkpoint(options.checkpoint, mesh), mesh)
+    whole = make_mesh(options.mesh)
+    mesh = whole if whole.size > 1 else None
+    print(f"Loading {options.checkpoint} ...", flush=True)
+    engine = Engine(load_checkpoint(options.checkpoint, mesh, int8=options.int8), mesh)
     service = build_service(engine, options, stack)
     app = make_app(service)
     if options.page:

@@ -139,11 +139,11 @@ class Reader:
   def __call__(self, item):
     self.heard.put(item)
 
-  def last(self):
+  def last(self, seconds=10):
     """All text, and the last piece or the error."""
     text = ""
     while True:
-      item = self.heard.get(timeout=10)
+      item = self.heard.get(timeout=seconds)
       if isinstance(item, ApiError):
         return text, item
       text += item.text
