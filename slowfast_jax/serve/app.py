@@ -212,7 +212,10 @@ class _Api:
 
   async def delete_file(self, request: Request) -> Response:
     file_id = request.path_params["file_id"]
-    self._service.uploads.delete(file_id)
+    keys = await to_thread.run_sync(self._service.reader.forget_upload, file_id)
+    # What is deleted is gone from the device too, once the client hears of it.
+    scheduler = self._service.scheduler
+    await asyncio.wrap_future(scheduler.call(lambda: scheduler.forget(keys)))
     return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
   async def health(self, request: Request) -> Response:

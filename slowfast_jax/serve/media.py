@@ -17,6 +17,7 @@ import threading
 import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 from slowfast_jax.serve.decode import DecodedMedia
 from slowfast_jax.serve.errors import ApiError, bad_request
@@ -88,6 +89,16 @@ class MediaReader:
       ApiError: there is none of this id.
     """
     return self.from_content(self._uploads.content(file_id), "", None)
+
+  def forget_upload(self, file_id: str) -> list[str]:
+    """Deletes an uploaded file and its frames; returns the keys that its medium may have.
+
+    Raises:
+      ApiError: there is none of this id.
+    """
+    content = self._uploads.content(file_id)
+    self._uploads.delete(file_id)
+    return self._cache.forget(content)
 
   def from_content(self, content: bytes, label: str, wanted: Kind | None) -> Medium:
     """Checks what the content is against its label and the part that it came in; decodes it."""
@@ -173,7 +184,7 @@ class FramesCache:
     Raises:
       ApiError: it cannot be decoded.
     """
-    key = f"{kind}-{hashlib.sha256(content).hexdigest()}"
+    key = _key(content, kind)
     with self._lock:
       if key in self._frames:
         self._frames.move_to_end(key)
@@ -185,6 +196,15 @@ class FramesCache:
     if mine:
       self._fill(key, content, kind, future)
     return future.result()
+
+  def forget(self, content: bytes) -> list[str]:
+    """Drops what was made of this content; returns the keys that it may have had."""
+    keys = [_key(content, kind) for kind in get_args(Kind)]
+    with self._lock:
+      for key in keys:
+        if (medium := self._frames.pop(key, None)) is not None:
+          self._bytes -= medium.frames.images.nbytes
+    return keys
 
   def _fill(
     self, key: str, content: bytes, kind: Kind, future: "concurrent.futures.Future[Medium]"
@@ -204,3 +224,7 @@ class FramesCache:
         _, old = self._frames.popitem(last=False)
         self._bytes -= old.frames.images.nbytes
     future.set_result(medium)
+
+
+def _key(content: bytes, kind: Kind) -> str:
+  return f"{kind}-{hashlib.sha256(content).hexdigest()}"

@@ -212,6 +212,12 @@ class Scheduler:
     self.sessions_bytes = self._sessions.bytes
     return session
 
+  def forget(self, keys: Sequence[str]) -> None:
+    """Forgets encoded media. For the model's thread alone: see `call`."""
+    for key in keys:
+      self._sessions.evict(key)
+    self.sessions_bytes = self._sessions.bytes
+
   def _run(self) -> None:
     while self._wait():
       self._drop()

@@ -91,7 +91,7 @@ def test_an_answer_ends_before_a_stop_string(client, expected):
   assert reply.choices[0].finish_reason == "stop"
 
 
-def test_an_uploaded_file_is_named_by_its_id(client, files, expected):
+def test_an_uploaded_file_is_named_by_its_id(client, server, files, expected):
   with (files.clips / "a.mp4").open("rb") as file:
     uploaded = client.files.create(file=file, purpose="user_data")
   assert uploaded.bytes == (files.clips / "a.mp4").stat().st_size
@@ -99,7 +99,9 @@ def test_an_uploaded_file_is_named_by_its_id(client, files, expected):
   reply = ask(client, [user(named, text(QUESTION))])
   assert reply.choices[0].message.content == expected(QUESTION, "a.mp4")
   assert uploaded.id in [file.id for file in client.files.list()]
+  before = server.metric("sessions_bytes")
   client.files.delete(uploaded.id)
+  assert server.metric("sessions_bytes") < before  # The video is forgotten, not only its file.
   with pytest.raises(openai.NotFoundError, match="There is no file"):
     ask(client, [user(named, text(QUESTION))])
 
