@@ -88,13 +88,9 @@ def test_a_mesh_changes_nothing(folder, int8):
   np.testing.assert_allclose(scores(wide), scores(int8), atol=1e-4)
 
 
-def test_bfloat16_is_computed_with_the_same_weights(folder, int8):
-  wide = sf.load(folder, "bfloat16", int8=True)
-  for name, array in kernels(wide.export.params).items():
-    assert array.dtype == (np.int8 if name.endswith("qvalue") else np.float32)
-  exact = scores(int8)
-  # 8 bits of mantissa: 0.4% a rounding, and there are some tens of them.
-  assert np.linalg.norm(scores(wide) - exact) / np.linalg.norm(exact) < 0.04
+def test_scales_stay_float32_in_other_dtypes(folder):
+  arrays = kernels(sf.load(folder, "bfloat16", int8=True).export.params)
+  assert {a.dtype for a in arrays.values()} == {np.dtype("int8"), np.dtype("float32")}
 
 
 def test_such_a_model_is_not_saved(int8, tmp_path):
