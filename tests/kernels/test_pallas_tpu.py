@@ -116,6 +116,32 @@ def test_gradients_with_the_sizes_of_the_table():
   check((1, 65, 900, 2, 7, 64), "both", gradients=True, small=False)
 
 
+def test_gradients_are_finite_differences():
+  """Of the kernel's own output along a random direction, no oracle between."""
+  rng = np.random.default_rng(3)
+  *arrays, dlse = (jnp.asarray(x, jnp.float32) for x in oracle.draw(rng, 1, 3, 200, 1, 2, 64))
+  inputs, cotangents = arrays[:3], (arrays[3], dlse)
+  towards = [jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in inputs]
+  blocks = small_blocks(6, key_block=128)
+
+  def value(step):
+    moved = [x + step * d for x, d in zip(inputs, towards)]
+    primal = run(*moved, *cotangents, {}, blocks=blocks)
+    return sum(
+      float(np.sum(np.multiply(*pair, dtype=np.float64))) for pair in zip(primal, cotangents)
+    )
+
+  gradients = run(*inputs, *cotangents, {}, blocks=blocks, gradients=True)[2:]
+  slope = sum(
+    float(np.sum(np.multiply(*pair, dtype=np.float64))) for pair in zip(gradients, towards)
+  )
+  step = 1e-3
+  measured = (value(step) - value(-step)) / (2 * step)
+  # The output's float32 rounding, 6e-8 of sums of size 10, is divided by the step: 1e-3 of slopes
+  # of size 1; the central difference's own error is of the order of step^2.
+  assert measured == pytest.approx(slope, rel=2e-3, abs=2e-3)
+
+
 @hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 @hypothesis.given(
   sizes=st.tuples(
