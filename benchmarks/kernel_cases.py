@@ -10,7 +10,8 @@ import inspect
 import jax
 import jax.numpy as jnp
 
-from slowfast_jax.kernels.cross_attention.blocks import choose, round_up
+from benchmarks.tpu_schedule import CHIPS
+from slowfast_jax.kernels.cross_attention.blocks import NAMES, choose, round_up
 from slowfast_jax.kernels.cross_attention.pallas_backward import backward
 from slowfast_jax.kernels.cross_attention.pallas_forward import forward
 from slowfast_jax.kernels.cross_attention.shapes import Shape
@@ -65,6 +66,16 @@ def _ours_inputs(shape, fold, sizes):
   plan = plan_tiles(fold, None, None, None, rows // sizes.chunk, sizes.key_block)
   tiles = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in plan.scalars()]
   return *(jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in (q, k)), tiles
+
+
+def tile_on(chip: str, kernel: str, shape: Shape) -> dict[str, int]:
+  """Key block and chunk that the table of block sizes gives this project's kernel on a chip."""
+  kind = next(kind for kind, name in NAMES.items() if name == chip)
+  device = jax.sharding.AbstractDevice(kind, CHIPS[chip].cores, "tpu")
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    _, table = _ours(shape)
+  sizes = table.backward if kernel == "ours_backward" else table.forward
+  return {"key_block": sizes.key_block, "chunk": sizes.chunk}
 
 
 def flash(**sizes):

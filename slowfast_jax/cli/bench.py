@@ -19,7 +19,7 @@ EXAMPLES = """examples:
   slowfast bench evaluate                                    videos encoded once: a minute
   slowfast bench flops                                       from compiled programs: five minutes
   slowfast bench generate                                    beside PyTorch: three minutes
-  slowfast bench kernel --static                             all chips and lengths: takes an hour
+  slowfast bench kernel --static                             all chips and shapes: takes hours
   slowfast bench kernel --static --chips=v5e --queries=512   a few minutes
   slowfast bench serve                                       64 clients, hostile requests
   slowfast bench train_cpu                                   beside PyTorch: a minute

@@ -6,29 +6,19 @@ The same programs are compiled for the smallest TPU topology.
 
 import functools
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.kernel_mesh import collectives, compile_on
+from benchmarks.kernel_programs import run_worker
 from slowfast_jax.kernels.cross_attention import cross_attention
 from slowfast_jax.kernels.cross_attention.context_parallel import Layout, cross_attention_on_mesh
 from slowfast_jax.kernels.cross_attention.shapes import Shape
 from slowfast_jax.sharding import make_mesh
 from tests.kernels import oracle
-from tests.kernels.compile_context_parallel import collectives, compile_on
-
-TPU = {
-  "JAX_PLATFORMS": "cpu",
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_ACCELERATOR_TYPE": "v5e-8",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 def layout_of(**sizes):
@@ -137,16 +127,12 @@ def test_nothing_travels_where_the_slow_tokens_lie_together():
 
 @pytest.mark.slow
 def test_a_tpu_topology_compiles_and_holds_its_part_alone():
-  """The kernels run on each device's part; memory is that of the part and of the text."""
+  """The kernels run on each device's part; memory is that of the part and of the text.
+
+  Larger topologies and a million keys: `slowfast bench kernel --static`.
+  """
   sizes = [{"queries": 64, "keys": keys} for keys in (8_192, 16_384)]
-  arguments = ["tests.kernels.compile_context_parallel", "v5e:2x2", json.dumps(sizes)]
-  # Compiled programs for a TPU have no place in the cache of the machine's own.
-  env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-  done = subprocess.run(
-    [sys.executable, "-m", *arguments], env=env | TPU, capture_output=True, text=True, check=False
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
-  small, large = json.loads(done.stdout.splitlines()[-1])
+  small, large = run_worker("kernel_mesh", "v5e:2x2", json.dumps(sizes))
   kernels = ["slow_cross_attention_backward", "slow_cross_attention_forward"]
   assert small["kernels"] == large["kernels"] == kernels
   assert small["collectives"] == large["collectives"]

@@ -38,6 +38,12 @@ class Shape:
     q = 2 * self.batch * self.heads * self.queries * self.head_dim
     return itemsize * (kv + q) + 4 * self.batch * self.heads * self.queries
 
+  def min_backward_bytes(self, itemsize: int = 2) -> int:
+    """The same of the backward pass: dk and dv too, and q's and the output's gradients."""
+    kv = 2 * self.batch * self.kv_heads * self.keys * self.head_dim
+    q = 2 * self.batch * self.heads * self.queries * self.head_dim
+    return self.min_bytes(itemsize) + itemsize * (kv + q)
+
   def arrays(self, dtype: jnp.dtype = jnp.bfloat16) -> tuple[jax.ShapeDtypeStruct, ...]:
     """q, k, v as shapes."""
     q = jax.ShapeDtypeStruct((self.batch, self.queries, self.heads, self.head_dim), dtype)

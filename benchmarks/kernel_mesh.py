@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles context-parallel slow cross-attention, for this machine's devices or a described TPU.
 
-Usage: python -m tests.kernels.compile_context_parallel TOPOLOGY CASES, where CASES is JSON, a list
+Usage: python -m benchmarks.kernel_mesh TOPOLOGY CASES, where CASES is JSON, a list
 of sizes of a Shape; a process of its own, as libtpu wants. Prints, in JSON, for each case bytes of
 memory on a device, bytes that collectives send, and the names of kernels.
 """

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles slow cross-attention for a described TPU; a process of its own, as libtpu wants.
 
-Usage: python -m tests.kernels.compile_for_tpu TOPOLOGY CASES, where CASES is JSON, a list of
+Usage: python -m benchmarks.kernel_compile TOPOLOGY CASES, where CASES is JSON, a list of
 [what, sizes of a Shape, masks]. Prints, in JSON, memory figures and the HLO's operations by case.
 """
 
 import json
 import re
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,12 @@ def program(what, masks):
     k, v = (jnp.einsum("BSD,DKH->BSKH", x, kernel) for kernel in (k_kernel, v_kernel))
     return forward(q, k, v)
 
-  return {"forward": forward, "backward": backward, "projected": projected}[what]
+  programs: dict[str, Callable[..., Any]] = {
+    "forward": forward,
+    "backward": backward,
+    "projected": projected,
+  }
+  return programs[what]
 
 
 def arguments(what, shape, masks):
@@ -62,7 +69,7 @@ def main(topology, cases):
       inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere) for x in inputs]
       compiled = jax.jit(program(what, masks)).lower(*inputs).compile()
       memory = compiled.memory_analysis()
-      text = compiled.as_text()
+      text = compiled.as_text() or ""
       found.append(
         {
           "memory": {name: getattr(memory, name) for name in MEMORY},
