@@ -13,7 +13,7 @@ def calls(monkeypatch):
   """Stands in for training: records what it is asked for, tells one step, returns a code."""
   seen = []
 
-  def train(config, workdir, progress, say, evaluate):
+  def train(config, workdir, progress, say, evaluate, preemption):
     say("8 parameters")
     progress(0, 2, "")
     progress(2, 2, "loss 0.5000")
