@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.train.tiny_run  # noqa: F401  # Lets a state be built of shapes, as a plan does.
 from slowfast_jax.cli import main as slowfast
 from slowfast_jax.config import load_config
 from slowfast_jax.defaults import training_defaults
