@@ -2,12 +2,13 @@
 """Losses of the same steps on every mesh; a process of its own, with eight CPU devices.
 
 Usage: python -m tests.train.mesh_curves STEPS MESHES, where MESHES is JSON, a list of axis sizes.
-Prints, in JSON, the losses by mesh.
+Prints, in JSON, for each mesh the losses, and shapes of what one device computes.
 """
 
 import dataclasses
 import functools
 import json
+import re
 import sys
 
 import jax
@@ -46,23 +47,40 @@ def batches(count):
     )
 
 
-def losses(sizes, steps):
-  """Of every step on a mesh of these sizes."""
+# Products whose shapes tell who does what: of patches, and of queries with slow keys.
+PRODUCTS = {"patches": "...hwC,hwCE->...E", "reads": "BKGTH,BSKH->BKGTS"}
+
+
+def shapes_of_products(program):
+  """What one device computes of them in the forward pass, as the compiler has laid it out."""
+  found = {name: set() for name in PRODUCTS}
+  for line in program.splitlines():
+    for name, equation in PRODUCTS.items():
+      if " dot(" in line and equation in line and "transpose(jvp" not in line:
+        shape = re.search(r"= \w+\[([\d,]*)\]", line)[1]
+        found[name].add(tuple(map(int, shape.split(","))))
+  return {name: sorted(shapes) for name, shapes in found.items()}
+
+
+def run_on(sizes, steps):
+  """Losses of every step on a mesh of these sizes, and the shapes of some products."""
   mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
   init = functools.partial(init_state, CONFIG, OPTIMIZER)
   state = sharded_init(init, mesh, jax.random.key(0), compiler_options=QUICKLY)
   step = make_train_step(CONFIG, OPTIMIZER, dtype=jnp.float32, remat="none")
   with jax.set_mesh(mesh):
-    run = jax.jit(step, donate_argnums=0, compiler_options=QUICKLY)
+    jitted = jax.jit(step, donate_argnums=0, compiler_options=QUICKLY)
+    run = jitted.lower(state, place_batch(next(batches(1)), mesh)).compile()
     found = []
     for batch in batches(steps):
       state, metrics = run(state, place_batch(batch, mesh))
       found.append(metrics["loss"])
-  return np.asarray(jax.device_get(found), float).tolist()
+  losses = np.asarray(jax.device_get(found), float).tolist()
+  return {"losses": losses, "products": shapes_of_products(run.as_text())}
 
 
 def main(steps, meshes):
-  print(json.dumps([losses(sizes, steps) for sizes in meshes]))
+  print(json.dumps([run_on(sizes, steps) for sizes in meshes]))
 
 
 if __name__ == "__main__":
