@@ -5,7 +5,7 @@ import pytest
 
 from tests.conftest import Shell
 
-# Half of what `slowfast demo` takes; and a third of that for the fast-only model, which has nothing
+# Half of what `slowfast demo` takes; and a tenth of that for the fast-only model, which has nothing
 # to learn from: in a whole demo it does not leave the level of guessing either.
 CODE = """
 import contextlib, dataclasses, pathlib
@@ -21,7 +21,7 @@ demo.prepare()
 demo.align()
 for stage in STAGES:
   if stage == "fast_only_stills":
-    demo.size = dataclasses.replace(size, stills_steps=150, steps=120)
+    demo.size = dataclasses.replace(size, stills_steps=50, steps=40)
   demo.train(stage)
 demo.report()
 """
