@@ -106,6 +106,11 @@ class Engine:
       )
     return self.export.tokenizer
 
+  @property
+  def num_devices(self) -> int:
+    """Over which it is spread."""
+    return 1 if self._mesh is None else self._mesh.size
+
   def compiled(
     self,
     program: Callable,
@@ -157,7 +162,7 @@ class Engine:
       pooling=pooling,
       zero_slow=np.bool_(zero_slow),
       dtype=self.dtype,
-      frame_chunk=ENCODED_FRAMES * (1 if self._mesh is None else self._mesh.size),
+      frame_chunk=ENCODED_FRAMES * self.num_devices,
     )
     slow, fast = self.place(slow, None, "slow"), self.place(fast)
     kv = jax.tree.map(lambda x: self.place(x, None, None, "slow", "heads"), kv)

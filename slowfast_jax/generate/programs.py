@@ -56,6 +56,10 @@ class Decoding:
   stopped: Bool[Array, " B"]
 
 
+# Its arrays whose first axis is the rows.
+_BY_ROW = ("tokens", "counts", "lengths", "stopped")
+
+
 def jit_program(
   graphdef: nnx.GraphDef,
   program: Callable,
@@ -216,6 +220,34 @@ def decode(
   return jax.lax.while_loop(more, body, (jnp.int32(0), state))[1]
 
 
+def decode_rows(
+  model: SlowFast,
+  state: Decoding,
+  visual: Visual,
+  sampling: Sampling,
+  limits: Int[Array, " B"],
+  steps: Int[Array, ""],
+  stop_ids: Int[Array, " stops"],
+  rows: int,
+) -> Decoding:
+  """As `decode`, of the first `rows` rows alone: the others stand still and cost nothing."""
+  if rows == len(limits):
+    return decode(model, state, visual, sampling, limits, steps, stop_ids)
+
+  def head(axis: int, tree: Any) -> Any:
+    return jax.tree.map(lambda array: jax.lax.slice_in_dim(array, 0, rows, axis=axis), tree)
+
+  def back(axis: int, old: Any, new: Any) -> Any:
+    return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, 0, axis), old, new)
+
+  by_row = [getattr(state, name) for name in _BY_ROW]
+  part = Decoding(head(1, state.cache), *head(0, by_row))
+  seen = Visual(head(0, visual.fast), head(1, visual.kv), head(0, visual.num_slow))
+  done = decode(model, part, seen, head(0, sampling), limits[:rows], steps, stop_ids)
+  new = [getattr(done, name) for name in _BY_ROW]
+  return Decoding(back(1, state.cache, done.cache), *back(0, by_row, new))
+
+
 def is_stop(token: Int[Array, " B"], stop_ids: Int[Array, " stops"]) -> Bool[Array, " B"]:
   return jnp.isin(token, stop_ids)
 
@@ -234,10 +266,7 @@ def insert(
     return put
 
   cache = jax.tree.map(at(1), state.cache, row.cache)
-  rest = [
-    at(0)(getattr(state, name), getattr(row, name))
-    for name in ("tokens", "counts", "lengths", "stopped")
-  ]
+  rest = [at(0)(getattr(state, name), getattr(row, name)) for name in _BY_ROW]
   kv = visual.kv
   if kv is not None and media.kv is not None:
     length = kv.k.shape[2]

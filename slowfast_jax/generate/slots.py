@@ -91,17 +91,22 @@ class Slots:
     state_tree: Any = jax.tree.structure(self._state)
 
     def decode(model, **arguments):
-      return jax.tree.leaves(programs.decode(model, **arguments))
+      return jax.tree.leaves(programs.decode_rows(model, **arguments))
 
     def insert(**arguments):
       return jax.tree.leaves(programs.insert(**arguments))
 
     decoded = engine.compiled(
-      decode, donate=("state",), out_shardings=shardings[: state_tree.num_leaves]
+      decode, static=("rows",), donate=("state",), out_shardings=shardings[: state_tree.num_leaves]
     )
     inserted = jax.jit(insert, donate_argnames=("state", "visual"), out_shardings=shardings)
     self._decode = lambda **arguments: state_tree.unflatten(decoded(**arguments))
     self._insert = lambda **arguments: tree.unflatten(inserted(**arguments))
+    # A step is over the first 1, 4, 16 ... rows, whichever hold all that are in use; on a mesh over
+    # all, since each device has some.
+    self._sizes = [count]
+    if engine.num_devices == 1:
+      self._sizes = [*(4**i for i in range(count.bit_length()) if 4**i < count), count]
     # Media are padded to few sizes, so that those of other lengths compile nothing.
     sizes = {engine.media_size(n) for n in (1, engine.export.video.num_frames)}
     self._fast_bounds = sorted(fast for fast, _ in sizes)
@@ -155,7 +160,7 @@ class Slots:
     """Takes a few new tokens of every slot in use, and tells each slot's."""
     if not self._used:
       return []
-    self._advance(STREAM_STEPS)
+    self._advance(STREAM_STEPS, next(n for n in self._sizes if n > max(self._used)))
     state = self._state
     tokens, counts, stopped = jax.device_get((state.tokens, state.counts, state.stopped))
     found = []
@@ -206,7 +211,8 @@ class Slots:
           done.add(shape)
           ids = [0] * min(length, longest) + [IMAGE_TOKEN] * len(media)
           self._fill(0, Request(ids, session, 1), make_sampling(1))
-    self._advance(1)
+    for rows in self._sizes:
+      self._advance(1, rows)
 
   def _empty(self) -> tuple[Decoding, Visual]:
     """Slots that nothing stands in."""
@@ -262,12 +268,13 @@ class Slots:
     kv = jax.tree.map(lambda array: fit(array, 2, self._slow_length), media.kv)
     return dataclasses.replace(media, fast=fit(media.fast, 1, bound), kv=kv)
 
-  def _advance(self, steps: int) -> None:
+  def _advance(self, steps: int, rows: int) -> None:
     self._state = self._decode(
       state=self._state,
       visual=self._visual,
       sampling=self._sampling,
       limits=self._limits.copy(),
       steps=np.int32(steps),
+      rows=rows,
       stop_ids=np.array(self._engine.stop_ids, np.int32),
     )

@@ -7,7 +7,6 @@ import pytest
 from slowfast_jax.errors import UserError
 from slowfast_jax.generate.engine import Engine
 from slowfast_jax.generate.slots import Request, Slots
-from slowfast_jax.sharding import make_mesh
 from tests.generate.tiny import frames, make_export
 
 NEVER = (-1, -1)
@@ -23,8 +22,8 @@ QUESTIONS = [
 ]
 
 
-def make_engine(*arguments):
-  engine = Engine(make_export(), *arguments)
+def make_engine():
+  engine = Engine(make_export())
   engine.stop_ids = NEVER  # A random model stops anywhere.
   return engine
 
@@ -123,12 +122,19 @@ def test_a_released_slot_is_free_and_leaves_nothing_behind(engine, slots):
   assert found == generate(engine, first)
 
 
-def test_on_a_mesh_the_tokens_are_the_same(engine):
-  requests = make_requests(engine)[:4]
-  alone = [generate(engine, request) for request in requests]
-  wide = make_engine(make_mesh({"data": 2, "context": 2, "tensor": 2}))
-  slots = Slots(wide, 2, **ROOM)
-  assert serve(slots, make_requests(wide)[:4]) == (alone, ["length"] * 4)
+def test_a_step_is_over_the_rows_that_are_in_use(engine, slots, monkeypatch):
+  (*_, first, second), stepped = make_requests(engine), []
+  decode = slots._decode
+  monkeypatch.setattr(slots, "_decode", lambda **a: stepped.append(a["rows"]) or decode(**a))
+  slots.add(first)
+  slots.step()
+  other = slots.add(second)
+  slots.step()
+  slots.release(other)
+  while slots.free < 3:
+    slots.step()
+  assert stepped[:2] == [1, 3]
+  assert set(stepped[2:]) == {1}
 
 
 def test_what_does_not_fit_is_named(engine, slots):
