@@ -65,11 +65,14 @@ class Blocks:
 class _Chip:
   """What the table says of a chip: the VMEM of a core to use, and the largest sizes.
 
+  `many_key_block`: the forward kernel's from `MANY_KEYS` on. A step has a fixed cost, but the first
+  and the last, which fill and drain the pipeline, grow with the block.
   `wide`: whether its matrix units are 256 wide instead of 128.
   """
 
   vmem: int
   key_block: int
+  many_key_block: int
   chunk: int
   strip: int
   backward_key_block: int
@@ -79,10 +82,10 @@ class _Chip:
 
 
 CHIPS = {
-  "v4": _Chip(14 * MIB, 1024, 512, 512, 1024, 512, 512),
-  "v5e": _Chip(96 * MIB, 4096, 512, 512, 4096, 512, 512),
-  "v5p": _Chip(48 * MIB, 4096, 512, 512, 4096, 512, 512),
-  "v6e": _Chip(96 * MIB, 4096, 512, 512, 4096, 512, 256, wide=True),
+  "v4": _Chip(14 * MIB, 1024, 1024, 512, 512, 1024, 512, 512),
+  "v5e": _Chip(96 * MIB, 4096, 8192, 512, 512, 4096, 512, 512),
+  "v5p": _Chip(48 * MIB, 4096, 4096, 512, 512, 4096, 512, 512),
+  "v6e": _Chip(96 * MIB, 4096, 8192, 512, 512, 4096, 512, 256, wide=True),
 }
 # A chip that the table does not know gets sizes that fit everywhere.
 SMALLEST = CHIPS["v4"]
@@ -96,6 +99,7 @@ NAMES = {
   "TPU v6e": "v6e",
 }
 ROW_BLOCK = 4096
+MANY_KEYS = 65_536
 
 
 def target_device_kind() -> str:
@@ -148,7 +152,7 @@ def _keys(keys: int, largest: int) -> int:
 
 def _forward(chip: _Chip, rows: int, keys: int, width: int, itemsize: int) -> ForwardBlocks:
   chunk, row_block = _rows(rows, chip.chunk, ROW_BLOCK)
-  largest = chip.key_block
+  largest = chip.many_key_block if keys >= MANY_KEYS else chip.key_block
   while largest > 256 and _forward_bytes(largest, row_block, width, itemsize) > chip.vmem * 0.8:
     if largest > 512 or row_block <= chunk:
       largest //= 2
