@@ -19,16 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--requests", type=int, default=4, help="of each client (%(default)s)")
   add("--tokens", type=int, default=32, help="of an answer, at most (%(default)s)")
   add("--slots", type=int, default=16, help="of the server (%(default)s)")
-  add("--width", type=int, default=128, help="of the random model's decoder (%(default)s)")
+  add("--width", type=int, default=512, help="of the random model's decoder (%(default)s)")
+  add("--layers", type=int, default=8, help="of the random model's decoder (%(default)s)")
   add("--hostile", type=int, default=1000, help="requests to refuse (%(default)s)")
   add("--json", metavar="FILE", help="also write the numbers here")
 
 
 def run(args: argparse.Namespace) -> int:
   """Prints the figures; 1 where an answer or a refusal was wrong."""
-  for name in ("clients", "requests", "tokens", "slots"):
+  for name in ("clients", "requests", "tokens", "slots", "layers"):
     if getattr(args, name) < 1:
       raise UsageError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+  if args.width < 256 or args.width % 256:
+    raise UsageError(f"--width must be a multiple of 256, got {args.width}.")
   # Only here: other benchmarks run without the packages of `dev` that these need.
   from benchmarks.serve_load import measure_hostile, measure_load, questions, random_export
   from benchmarks.serve_process import serving
@@ -36,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
   with tempfile.TemporaryDirectory(prefix="slowfast-bench-") as name:
     folder = Path(name)
-    save_export(folder / "export", random_export(args.width))
+    save_export(folder / "export", random_export(args.width, args.layers))
     flags = (f"--max-queue={args.clients + 1}", "--context=256", "--max-body-mb=4", "--no-page")
     log = folder / "log"
     many = f"--slots={args.slots}"

@@ -55,23 +55,27 @@ class Load:
   wrong: int
 
 
-def random_export(width: int) -> Export:
-  """A random model whose answers depend on everything that it is asked and shown."""
+def random_export(width: int, num_layers: int) -> Export:
+  """A random model whose answers depend on everything that it is asked and shown.
+
+  Heads of 64, a key for every fourth of them, and an MLP of four times the width, as in small
+  published models; few words, or half of the answers would be empty.
+  """
   config = SlowFastConfig(
     vision=ViTConfig("siglip", _SIZE, 8, width=64, num_layers=2, num_heads=4, mlp_width=128),
     decoder=DecoderConfig(
       vocab_size=512,
       width=width,
-      num_layers=4,
-      num_heads=4,
-      num_kv_heads=2,
-      head_dim=width // 4,
-      mlp_width=2 * width,
+      num_layers=num_layers,
+      num_heads=width // 64,
+      num_kv_heads=max(1, width // 256),
+      head_dim=64,
+      mlp_width=4 * width,
     ),
     compressor=CompressorConfig(
       video_pooling_stride=2, sampling_stride=2, temporal_stride=2, min_fast_frames=2
     ),
-    hybrid=HybridConfig(every=2, min_depth=0, max_depth=4),
+    hybrid=HybridConfig(every=2, min_depth=0, max_depth=num_layers),
   )
 
   def init() -> nnx.State:
