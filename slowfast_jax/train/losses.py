@@ -33,6 +33,7 @@ def next_token_loss(
   total: Float[Array, ""] | None = None,
   z_loss: float = 0.0,
   chunk: int | None = None,
+  most: int | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """Mean cross-entropy over weighted targets, and the share of them that is predicted right.
 
@@ -45,6 +46,7 @@ def next_token_loss(
     z_loss: weight of the mean squared log-partition, which keeps scores from drifting (PaLM,
       arXiv 2204.02311, section 5).
     chunk: positions of a row that are scored at a time; None: all.
+    most: no row has more positions that are learned; None: all may be.
 
   Returns:
     What is minimised, and metrics: "loss" is the cross-entropy alone.
@@ -55,9 +57,10 @@ def next_token_loss(
   arrays = (hidden, targets, weights)
 
   def sums(project: Project, *arrays: Array) -> Float[Array, " three"]:
+    length = min(most or hidden.shape[1], hidden.shape[1])
     if chunk is None or chunk >= hidden.shape[1]:
       return _sums(project, *arrays)
-    return _sum_chunks(project, *_chunks(arrays, chunk))
+    return _sum_chunks(project, *_chunks(arrays, chunk, length))
 
   found = _sum_devices(sums, project, arrays)
   nll, right, squares = found / total
@@ -132,13 +135,12 @@ def _sum_devices(
   return parts.sum(axis=0)
 
 
-def _chunks(arrays: tuple[Array, ...], chunk: int) -> list[Array]:
-  """Arrays [B, T, ...] as [n, B, t, ...], positions that are learned first."""
-  hidden, _, weights = arrays
-  num_chunks = -(-hidden.shape[1] // chunk)
-  size = -(-hidden.shape[1] // num_chunks)
-  padding = [(0, 0), (0, size * num_chunks - hidden.shape[1])]
-  order = jnp.argsort(weights == 0, axis=1, stable=True)
+def _chunks(arrays: tuple[Array, ...], chunk: int, length: int) -> list[Array]:
+  """Of arrays [B, T, ...] so many positions as [n, B, t, ...], those that are learned first."""
+  num_chunks = -(-length // chunk)
+  size = -(-length // num_chunks)
+  padding = [(0, 0), (0, size * num_chunks - length)]
+  order = jnp.argsort(arrays[-1] == 0, axis=1, stable=True)[:, :length]
 
   def split(x: Array) -> Array:
     index = order.reshape(*order.shape, *[1] * (x.ndim - 2))

@@ -83,6 +83,7 @@ def make_train_step(
       total=total,
       z_loss=z_loss,
       chunk=chunk_length(len(batch.tokens), cfg.decoder.vocab_size),
+      most=_most_learned(cfg, batch),
     )
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -106,6 +107,14 @@ def make_train_step(
     return TrainState(state.step + 1, nnx.merge_state(learning, frozen), opt_state), metrics
 
   return train_step
+
+
+def _most_learned(cfg: SlowFastConfig, batch: Batch) -> int:
+  """Positions of a row that may be learned: their targets are text, and text asks the slow path."""
+  asking = "text-only" if cfg.hybrid is None else cfg.hybrid.queries
+  # Text of a system's prompt, which does not ask here, may be a target.
+  every = asking == "text-only-masksystem"
+  return batch.tokens.shape[1] if every else batch.text_index.shape[1]
 
 
 def gradient_norms(gradients: nnx.State) -> Metrics:

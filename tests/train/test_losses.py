@@ -77,10 +77,11 @@ WEIGHTS = jnp.asarray(
 )
 
 
-def program(chunk, z_loss=1e-2):
+def program(chunk, z_loss=1e-2, most=None):
   def run(hidden, head):
     project = jax.tree_util.Partial(jnp.matmul, b=head)
-    return next_token_loss(hidden, project, TARGETS, WEIGHTS, z_loss=z_loss, chunk=chunk)
+    options = {"z_loss": z_loss, "chunk": chunk, "most": most}
+    return next_token_loss(hidden, project, TARGETS, WEIGHTS, **options)
 
   return jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
 
@@ -95,6 +96,15 @@ def test_the_loss_in_chunks_is_the_plain_loss(plain, chunk):
   # Sums of some hundred numbers of size 1, in another order.
   check = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
   jax.tree.map(check, program(chunk)(HIDDEN, HEAD), plain)
+
+
+def test_positions_beyond_the_most_that_are_learned_are_not_scored(plain):
+  most = int((WEIGHTS > 0).sum(1).max())
+  assert most < T
+  check = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  jax.tree.map(check, program(most, most=most)(HIDDEN, HEAD), plain)
+  scanned = program(most, most=most).lower(HIDDEN, HEAD).as_text()
+  assert f"tensor<1x{B}x{most}x{D}xf32>" in scanned
 
 
 def test_a_head_that_is_spread_gives_the_same_loss_and_gradients(plain):
