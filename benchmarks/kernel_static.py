@@ -21,8 +21,8 @@ GROUP = 7
 # Of JAX's kernels. This project's are given the key block that they have on the longest video, and
 # two and three of those.
 LENGTHS = (8_192, 12_288)
-# Of this project's kernel only one chunk of rows is profiled: with more, the profiler needs gigabytes
-# and may not come to an end. More queries are scaled from it, which favours the others: what a step
+# Of this project's kernel one chunk of rows is profiled: with more, the profiler takes gigabytes or
+# does not end. More queries are scaled from it, which favours the others: what a step
 # costs beside its chunks counts for each chunk. The table of all shapes has the loop alone.
 PROFILED = 73
 MIB = 1 << 20
