@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from slowfast_jax.compile.programs import bytes_of
+from slowfast_jax.compile.programs import Request, bytes_of, programs_of
 from slowfast_jax.compile.topology import GIB
 from slowfast_jax.errors import UserError
 from slowfast_jax.models.remat import REMAT
 from slowfast_jax.models.vit import ViTConfig
 from slowfast_jax.train.optimizer import split_frozen
-from slowfast_jax.train.plan import Plan, make_plan
+from slowfast_jax.train.plan import Plan, make_plan, model_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +35,14 @@ class Advice:
 
 
 def advise(
-  config: ml_collections.ConfigDict, devices: list, what: str, missing: float
+  config: ml_collections.ConfigDict, devices: list, what: str, request: Request, missing: float
 ) -> list[str]:
   """Lines of advice, the most helpful first; `missing` bytes are needed."""
-  if what != "train":
-    return [
-      "spread the parameters: a larger mesh.tensor, up to the number of KV heads",
-      "spread the slow tokens: a larger mesh.context",
-      "fewer or smaller arrays: data.num_frames, --rows, --text, --new_tokens",
-    ]
-  found = sorted(_changes(config, devices), key=lambda advice: -advice.frees)
+  if what == "train":
+    found = _changes(config, devices)
+  else:
+    found = _changes_of_answering(config, devices, what, request)
+  found = sorted(found, key=lambda advice: -advice.frees)
   lines = [
     f"{one.change}: frees about {one.frees / GIB:.1f} GiB"
     + (", which is enough" if one.frees >= missing else "")
@@ -80,6 +78,48 @@ def _changes(config: ml_collections.ConfigDict, devices: list) -> list[Advice]:
     half = c.data.batch_size // 2
     found.append(Advice(f"--config.data.batch_size={half} (another recipe)", kept / 2))
   return found
+
+
+def _changes_of_answering(
+  config: ml_collections.ConfigDict, devices: list, what: str, request: Request
+) -> list[Advice]:
+  """The mesh that needs least, and half of what is asked for."""
+  now = _needed(config, devices, what, request)
+  found = []
+  for fields in _meshes(config, len(devices)):
+    words = " ".join(f"--config.mesh.{field}={size}" for field, size in fields.items())
+    after = _needed(_changed(config, "mesh", fields), devices, what, request)
+    found.append(Advice(words, now - after))
+  found = sorted(found, key=lambda advice: -advice.frees)[:1]
+  frames = request.frames or config.data.num_frames
+  halves = {"rows": request.rows // 2, "text": request.text // 2}
+  halves |= {"new_tokens": request.new_tokens // 2}
+  # Longer videos are multiples of those of training.
+  if frames // 2 % config.data.num_frames == 0:
+    halves["frames"] = frames // 2
+  for field, half in halves.items():
+    if half:
+      less = dataclasses.replace(request, **{field: half})
+      found.append(Advice(f"--{field}={half}", now - _needed(config, devices, what, less)))
+  return found
+
+
+def _meshes(config: ml_collections.ConfigDict, count: int) -> list[dict[str, int]]:
+  """All devices: heads over some, slow tokens over some, parameters over the rest."""
+  heads = model_config(config.model).decoder.num_kv_heads
+  sizes = [n for n in range(1, count + 1) if count % n == 0]
+  return [
+    {"data": 1, "fsdp": count // tensor // context, "context": context, "tensor": tensor}
+    for tensor in sizes
+    for context in sizes
+    if heads % tensor == 0 and count % (tensor * context) == 0
+  ]
+
+
+def _needed(config: ml_collections.ConfigDict, devices: list, what: str, request: Request) -> float:
+  """Bytes of a device that the largest program of a kind is known to need."""
+  programs = programs_of(config, devices, what, request)
+  return max(sum(one.memory.values()) + sum(one.inside.values()) for one in programs)
 
 
 def _try(plan: Plan, section: str, changes: list[dict[str, Any]], devices: list) -> list[Advice]:

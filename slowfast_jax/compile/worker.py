@@ -85,7 +85,8 @@ def _run(request: dict[str, Any], folder: str) -> dict[str, Any]:
       found.append(_compile(program, f"{folder}/dump"))
     if over := found[-1].get("over"):
       missing = over["used"] - over["limit"]
-      found[-1]["advice"] = advise(config, list(described.devices), request["what"], missing)
+      devices, what = list(described.devices), request["what"]
+      found[-1]["advice"] = advise(config, devices, what, generation, missing)
       break
   memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   return {"programs": found, "host_memory": memory}

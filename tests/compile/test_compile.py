@@ -1,13 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """`slowfast compile` with the TPU compiler itself, on a tiny model."""
 
+import inspect
 import json
 
+import jax
 import pytest
 
 from slowfast_jax.cli.main import main
+from slowfast_jax.compile.advice import advise
+from slowfast_jax.compile.programs import Request
 from slowfast_jax.compile.what_if import combinations
+from slowfast_jax.config import load_config
 from slowfast_jax.errors import UsageError
+from slowfast_jax.generate.programs import Decoding, Visual
+from slowfast_jax.generate.prompts import Prompts
+from slowfast_jax.generate.sampling import Sampling
+from slowfast_jax.models.decoder import KVCache
+from slowfast_jax.models.hybrid import SlowKV
 
 COMMAND = ["compile", "--config=configs/tiny.py", "--topology=v5e:2x2"]
 TOO_WIDE = 2**23
@@ -75,6 +85,18 @@ def test_the_figures_of_a_step(sweep):
 def test_wrong_words_are_told(words, message, capsys):
   assert main([*COMMAND, *words]) in (1, 2)
   assert message in capsys.readouterr().err
+
+
+def test_advice_on_answering_names_a_mesh_and_less_of_what_is_asked_for(monkeypatch):
+  # Shapes instead of arrays, which no array annotation describes.
+  for kind in (Decoding, KVCache, Prompts, Sampling, SlowKV, Visual):
+    monkeypatch.setattr(kind, "__init__", inspect.unwrap(kind.__init__))
+  config = load_config("configs/tiny.py", ["--config.mesh.data=8", "--config.mesh.fsdp=1"])
+  request = Request(rows=2, text=64, new_tokens=2**16, frames=2 * config.data.num_frames)
+  lines = advise(config, jax.devices(), "decode", request, missing=1.0)
+  assert any(line.startswith("--config.mesh.data=1 ") and "enough" in line for line in lines)
+  assert any(line.startswith(f"--new_tokens={2**15}: ") for line in lines)
+  assert any(line.startswith(f"--frames={config.data.num_frames}: ") for line in lines)
 
 
 def test_combinations():
