@@ -8,14 +8,13 @@ spread over them has to grow with the text alone.
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.kernel_cache import remember
-from benchmarks.tpu_schedule import ENVIRONMENT
+from slowfast_jax.compile.topology import compiler_environment
 
 KEYS = (10_240, 20_480, 40_960, 81_920)
 # Topology, keys, and queries: over twice as many keys or queries something has to stay or double.
@@ -55,10 +54,10 @@ def run_worker(module: str, *arguments: str) -> Any:
     RuntimeError: it failed; the end of what it wrote.
   """
   # Compiled programs for a TPU have no place in the cache of the machine's own.
-  env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+  env = {k: v for k, v in compiler_environment().items() if k != "JAX_COMPILATION_CACHE_DIR"}
   done = subprocess.run(
     [sys.executable, "-m", f"benchmarks.{module}", *arguments],
-    env=env | ENVIRONMENT,
+    env=env,
     cwd=Path(__file__).parent.parent,
     capture_output=True,
     text=True,

@@ -24,6 +24,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from slowfast_jax.compile.topology import compiler_environment
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -40,13 +42,6 @@ CHIPS = {
   "v5e": Chip("v5e:2x2", 1, 131_072),
   "v5p": Chip("v5p:2x2x1", 2, 131_072),
   "v6e": Chip("v6e:2x2", 1, 524_288),
-}
-ENVIRONMENT = {
-  "JAX_PLATFORMS": "cpu",
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_ACCELERATOR_TYPE": "v5e-8",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 
@@ -115,7 +110,7 @@ def _compile(request, folder, profile, timeout) -> str:
       old.unlink()
   command = [sys.executable, "-m", "benchmarks.tpu_schedule", request, folder]
   root = Path(__file__).parent.parent
-  env = {**os.environ, **ENVIRONMENT, "LIBTPU_INIT_ARGS": " ".join(flags)}
+  env = {**compiler_environment(), "LIBTPU_INIT_ARGS": " ".join(flags)}
   with subprocess.Popen(
     command,
     env=env,

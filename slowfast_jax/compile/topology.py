@@ -7,6 +7,7 @@ Nothing here imports JAX: a name is judged before minutes are spent.
 import dataclasses
 import difflib
 import math
+import os
 import re
 
 from slowfast_jax.errors import UserError
@@ -124,3 +125,20 @@ def _exists(topology: Topology) -> bool:
   # Any box of whole cubes is a slice, besides the small ones.
   cubes = math.prod(shape) if len(shape) == 3 and not any(size % 4 for size in shape) else 0
   return topology.name in known_names(topology.generation) or 0 < cubes <= chip.largest
+
+
+def compiler_environment() -> dict[str, str]:
+  """This process's environment for another in which libtpu compiles: no TPU is looked for.
+
+  Flags of XLA's CPU backend stay behind: libtpu ends a process for a flag that it does not know.
+  """
+  flags = os.environ.get("XLA_FLAGS", "").split()
+  return {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5e-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "XLA_FLAGS": " ".join(flag for flag in flags if not flag.startswith("--xla_cpu_")),
+  }

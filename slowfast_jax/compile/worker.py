@@ -26,7 +26,7 @@ from slowfast_jax.compile.advice import advise
 from slowfast_jax.compile.cost import cost_of
 from slowfast_jax.compile.hlo import parse
 from slowfast_jax.compile.programs import Program, Request, programs_of
-from slowfast_jax.compile.topology import parse_topology
+from slowfast_jax.compile.topology import compiler_environment, parse_topology
 from slowfast_jax.config import load_config
 from slowfast_jax.errors import UserError
 
@@ -57,16 +57,9 @@ def _end_with(parent: int) -> None:
 def environment(folder: str) -> dict[str, str]:
   """Settings of the worker: no TPU is looked for, and what is compiled is written down."""
   dump = f"--xla_dump_to={folder}/dump --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*"
-  return {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5e-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "2",
-    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {dump}".strip(),
-  }
+  settings = compiler_environment()
+  flags = f"{settings['XLA_FLAGS']} {dump}".strip()
+  return {**settings, "TF_CPP_MIN_LOG_LEVEL": "2", "XLA_FLAGS": flags}
 
 
 def _run(request: dict[str, Any], folder: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 
 import pytest
 
-from slowfast_jax.compile.topology import CHIPS, known_names, parse_topology
+from slowfast_jax.compile.topology import CHIPS, compiler_environment, known_names, parse_topology
 from slowfast_jax.errors import UserError
 
 
@@ -41,3 +41,8 @@ def test_what_does_not_exist_is_told_with_what_does(name, words):
 def test_there_is_at_least_one_slice():
   with pytest.raises(UserError, match="--slices must be at least 1, got 0"):
     parse_topology("v5e:2x2", slices=0)
+
+
+def test_flags_that_libtpu_does_not_know_stay_behind(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_dump_to=/tmp/a")
+  assert compiler_environment()["XLA_FLAGS"] == "--xla_dump_to=/tmp/a"
