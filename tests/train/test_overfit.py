@@ -11,7 +11,7 @@ from slowfast_jax.train.optimizer import OptimizerConfig
 from slowfast_jax.train.plan import geometry_of
 from slowfast_jax.train.step import init_state, make_train_step
 
-STEPS = 200
+STEPS = 100
 
 
 def samples(geometry: Geometry) -> list[Sample]:

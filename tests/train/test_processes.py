@@ -43,7 +43,6 @@ def started(data, workdir, *more, processes=1, devices=1):
   argv = [sys.executable, "-m", "slowfast_jax.cli.main", "train", f"--config={TINY}"]
   environment = os.environ | {
     "JAX_NUM_CPU_DEVICES": str(devices),
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # Compiling is most of a run that is so short.
     "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}" if processes > 1 else "",
     "JAX_NUM_PROCESSES": str(processes) if processes > 1 else "",
   }
