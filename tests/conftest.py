@@ -27,10 +27,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Tests compile for longer than they compute. XLA's older way to make loops of fused operations, and
 # one thread for each program, take half of the time.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-# As many tests run as there are cores: threads of one would wait for those of another.
 os.environ["XLA_FLAGS"] = (
-  "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
-  "--xla_cpu_multi_thread_eigen=false"
+  "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 
 import filelock
