@@ -156,14 +156,16 @@ def check_same(workdir: Path, expected: tuple[dict[str, np.ndarray], bytes]) -> 
   assert "torn" not in "".join(logs_of(workdir)), f"{workdir}: a checkpoint could not be restored"
 
 
-def run_matrix(folder: Path, kills: int, terms: int, processes: int, seed: int) -> dict[str, int]:
+def run_matrix(
+  folder: Path, kills: int, terms: int, processes: int, seed: int, steps: int = STEPS
+) -> dict[str, int]:
   """Runs everything. Returns how often each thing has happened.
 
   Raises:
     AssertionError: a run does not end as the unbroken one.
   """
   write_data(folder)
-  runs, chance = Runs(folder, processes), random.Random(seed)
+  runs, chance = Runs(folder, processes, steps), random.Random(seed)
   finish(runs, folder / "warm")  # Fills the compilation cache.
   seconds = finish(runs, folder / "whole")
   expected = outcome_of(folder / "whole")

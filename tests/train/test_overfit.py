@@ -11,7 +11,7 @@ from slowfast_jax.train.optimizer import OptimizerConfig
 from slowfast_jax.train.plan import geometry_of
 from slowfast_jax.train.step import init_state, make_train_step
 
-STEPS = 100
+STEPS = 80
 
 
 def samples(geometry: Geometry) -> list[Sample]:
@@ -27,7 +27,7 @@ def samples(geometry: Geometry) -> list[Sample]:
 
 def test_the_demo_model_learns_32_samples_by_heart():
   model = PRESETS["demo"]
-  geometry = geometry_of(model, {"num_frames": 8, "decoder_length": 16, "text_bound": 8})
+  geometry = geometry_of(model, {"num_frames": 4, "decoder_length": 16, "text_bound": 8})
   batch = jax.tree.map(
     jnp.asarray, collate([build_row([sample], geometry) for sample in samples(geometry)])
   )
