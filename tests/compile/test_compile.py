@@ -72,6 +72,16 @@ def test_the_figures_of_a_step(sweep):
   assert "slow_cross_attention" in kernels
 
 
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+def test_the_step_of_a_recipe_compiles_for_other_chips(topology, tmp_path):
+  recipe = "configs/sft_qwen2_7b_siglip_64f.py:tiny"
+  words = [f"--config={recipe}", f"--topology={topology}", "--json", str(tmp_path / "step.json")]
+  assert main(["compile", *words]) == 0
+  (step,) = json.loads((tmp_path / "step.json").read_text())["programs"]
+  assert step["fits"]
+  assert "slow_cross_attention" in " ".join(step["cost"]["kernels"])
+
+
 @pytest.mark.parametrize(
   ("words", "message"),
   [
