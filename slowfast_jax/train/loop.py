@@ -30,19 +30,16 @@ from slowfast_jax.train.preemption import PREEMPTED, Preemption
 from slowfast_jax.train.program import (
   Program,
   Shapes,
-  compile_step,
   compile_steps,
   shapes_of,
 )
 from slowfast_jax.train.report import write_report
-from slowfast_jax.train.resume import MAY_CHANGE, Begin, restore_or_init, run_facts
+from slowfast_jax.train.resume import Begin, restore_or_init, run_facts
 from slowfast_jax.train.setup import Setup, check_batch, open_setup, place_batch
 from slowfast_jax.train.step import TrainState
 from slowfast_jax.train.telemetry import Telemetry
 from slowfast_jax.train.trackers import Tracker, numbers_of, open_trackers
 from slowfast_jax.train.watch import Watch
-
-__all__ = ["DONE", "MAY_CHANGE", "PREEMPTED", "compile_step", "export", "train"]
 
 DONE = 0
 

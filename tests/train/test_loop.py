@@ -22,7 +22,9 @@ from slowfast_jax.errors import UserError
 from slowfast_jax.sharding import make_mesh
 from slowfast_jax.train import resume
 from slowfast_jax.train.lines import read_lines
-from slowfast_jax.train.loop import MAY_CHANGE, compile_step, train
+from slowfast_jax.train.loop import train
+from slowfast_jax.train.program import compile_step
+from slowfast_jax.train.resume import MAY_CHANGE
 from slowfast_jax.train.setup import initial_state, open_setup, place_batch
 from tests.train.tiny_run import TINY, overrides, tiny_config, write_data
 
