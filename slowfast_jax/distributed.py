@@ -5,6 +5,7 @@ On Cloud TPU every host finds the others by itself. Elsewhere three variables of
 say who is who: JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES, JAX_PROCESS_ID.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 
@@ -17,7 +18,7 @@ from slowfast_jax.errors import UserError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
-# Key in the store of the coordinator: some process leaves, so all others have to.
+# Key in the store of the coordinator, and its barrier: some process leaves, so all have to.
 _LEAVING = "slowfast_jax/leaving"
 
 _meeting = False  # Whether this process waits for the others.
@@ -117,6 +118,14 @@ def someone_leaves() -> bool:
     return bool(client.key_value_try_get(_LEAVING))
   except jax.errors.JaxRuntimeError:  # There is no such key: nobody does.
     return False
+
+
+def wait_for_leavers(seconds: float) -> None:
+  """Waits until all processes have come here, on their way out; at most so long."""
+  if (client := _client()) is None:
+    return
+  with contextlib.suppress(jax.errors.JaxRuntimeError):  # One does not come: leave it behind.
+    client.wait_at_barrier(_LEAVING, int(1000 * seconds))
 
 
 def _client():

@@ -19,13 +19,16 @@ from typing import Any
 
 import jax
 
-from slowfast_jax.distributed import is_first, someone_leaves, tell_leaving
+from slowfast_jax.distributed import is_first, someone_leaves, tell_leaving, wait_for_leavers
 
 PREEMPTED = 42
 
 _POLL_SECONDS = 0.5  # Between two looks at whether another process leaves.
-# For the others to see it before they miss this process; the coordinator leaves last.
-_FAREWELL_SECONDS = 2 * _POLL_SECONDS
+# The others have to see it before they miss this process. Half of the time between SIGTERM and the
+# end of the machine.
+_FAREWELL_SECONDS = 15
+# The coordinator leaves last: a process that it leaves behind is aborted by JAX.
+_COORDINATOR_SECONDS = 1
 
 
 class Preemption:
@@ -116,8 +119,9 @@ class Preemption:
       self._say("stopped by SIGTERM with nothing new to save; the same command goes on")
       tell_leaving()
     if jax.distributed.is_initialized():
-      # Process 0 is the coordinator.
-      time.sleep(2 * _FAREWELL_SECONDS if is_first() else _FAREWELL_SECONDS)
+      wait_for_leavers(_FAREWELL_SECONDS)
+      if is_first():
+        time.sleep(_COORDINATOR_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()
     self._leave(PREEMPTED)

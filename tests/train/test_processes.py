@@ -40,21 +40,26 @@ def started(data, workdir, *more, processes=1, devices=1):
   # A rate that stays what it is: it does not depend on the number of steps.
   same = ("optimizer.final_fraction=1.0", "train.checkpoint_every=1000")
   words = overrides(data, f"train.steps={STEPS}", *same, *more)
-  argv = [sys.executable, "-m", "slowfast_jax.cli.main", "train", f"--config={TINY}"]
-  environment = os.environ | {
-    "JAX_NUM_CPU_DEVICES": str(devices),
-    "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}" if processes > 1 else "",
-    "JAX_NUM_PROCESSES": str(processes) if processes > 1 else "",
-  }
+  argv = ["-m", "slowfast_jax.cli.main", "train", f"--config={TINY}", f"--workdir={workdir}"]
+  with together([[*argv, *words]] * processes, devices) as running:
+    yield running
+
+
+@contextlib.contextmanager
+def together(commands, devices=1):
+  """Processes of Python that can meet, if there are several."""
+  environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+  several = len(commands) > 1
+  who = (f"localhost:{free_port()}", str(len(commands))) if several else ("", "")
   running = [
     subprocess.Popen(
-      [*argv, f"--workdir={workdir}", *words],
-      env=environment | {"JAX_PROCESS_ID": str(i) if processes > 1 else ""},
+      [sys.executable, *words],
+      env=environment | dict(zip(distributed.VARIABLES, (*who, str(i) if several else ""))),
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
     )
-    for i in range(processes)
+    for i, words in enumerate(commands)
   ]
   try:
     yield running
@@ -113,16 +118,16 @@ def test_two_processes_are_one_run_and_one_process_goes_on_with_it(data, tmp_pat
     codes, shown = finish(running)
   assert codes == [42, 42], shown
   assert "8 cpu (data 4, fsdp 2)" in shown[0]
-  together = losses(tmp_path / "two")
+  both = losses(tmp_path / "two")
   (saved,) = [int(path.name) for path in (tmp_path / "two" / "checkpoints").iterdir()]
-  assert max(together) == saved, "both stop after one step, and that is saved"
+  assert max(both) == saved, "both stop after one step, and that is saved"
   assert lines_of(tmp_path / "two", "n")[24] == 4, "each has answered the questions of its videos"
   alone = losses(tmp_path / "alone")
-  common = sorted(set(alone) & set(together))
+  common = sorted(set(alone) & set(both))
   assert len(common) >= LONG_ENOUGH
   # Sums over devices have another order.
   np.testing.assert_allclose(
-    [together[step] for step in common], [alone[step] for step in common], rtol=0, atol=1e-4
+    [both[step] for step in common], [alone[step] for step in common], rtol=0, atol=1e-4
   )
   with started(data, tmp_path / "two", f"train.steps={saved + 2}") as running:
     codes, shown = finish(running)
@@ -140,6 +145,31 @@ def test_a_process_that_must_leave_while_compiling_takes_the_others_along(data, 
     codes, shown = finish(running)
   assert codes == [42, 42], shown
   assert "nothing new to save" in shown[0] + shown[1] or not losses(tmp_path)
+
+
+BUSY = """
+import sys, time
+from slowfast_jax import distributed
+from slowfast_jax.train.preemption import Preemption
+
+with Preemption(print) as preemption:
+  with preemption.nothing_to_lose():
+    distributed.initialize()
+  print("met", flush=True)
+  time.sleep(float(sys.argv[1]))
+  with preemption.nothing_to_lose():
+    time.sleep(60)
+"""
+
+
+def test_who_leaves_waits_for_one_that_has_something_to_lose():
+  """Without the first process, the coordinator, JAX would abort the other."""
+  with together([["-c", BUSY, seconds] for seconds in ("0", "4")]) as running:
+    for process in running:
+      assert any("met" in line for line in process.stdout)
+    running[0].send_signal(signal.SIGTERM)
+    codes, shown = finish(running)
+  assert codes == [42, 42], shown
 
 
 @pytest.mark.parametrize(
