@@ -11,6 +11,7 @@ from collections.abc import Callable
 import einops
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_kernel as splash,
 )
@@ -28,6 +29,9 @@ from slowfast_jax.kernels.cross_attention.blocks import (
 from slowfast_jax.sharding import axes_that_divide, mesh_in_force
 
 LANES = 128
+# What a remat policy may call the result. The backward pass of splash attention needs it, and the
+# sums of its rows, which have the same name: who keeps them does not run the kernel again.
+RESULT = "attention"
 # Queries and keys of a block, whose scores are 4 MiB; v4 has 16 MiB of VMEM.
 LARGEST_BLOCK = 1024
 LARGEST_BLOCK_OF_V4 = 512
@@ -70,13 +74,13 @@ def self_attention(
     valid: without a mask, keys that count: the first so many; None: all.
 
   Returns:
-    In q's shape and dtype. What a query that sees no key gets means nothing.
+    In q's shape and dtype, marked as RESULT. What a query that sees no key gets means nothing.
   """
   if isinstance(mask, jax.Array) or target_platform() != "tpu":
     dense = mask.dense() if isinstance(mask, Causal) else mask
     if mask is None and valid is not None:
       dense = (jnp.arange(k.shape[1]) < valid)[None, None, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=dense)
+    return checkpoint_name(jax.nn.dot_product_attention(q, k, v, mask=dense), RESULT)
   return attention_on_tpu(q, k, v, mask, rows=rows, valid=valid)
 
 
@@ -188,5 +192,6 @@ def _kernel(
     block_sizes=sizes,
     head_shards=1,
     q_seq_shards=1,
+    residual_checkpoint_name=RESULT,
     interpret=interpret,
   )

@@ -167,7 +167,7 @@ class DecoderLayer(nnx.Module):
     o_BTNH = self_attention(q_BTNH, k.astype(x.dtype), v.astype(x.dtype), mask)
     if read_slow is not None:
       o_BTNH = read_slow(q_BTNH, o_BTNH)
-    x = x + self.attention.out(keep(o_BTNH, "attention"))
+    x = x + self.attention.out(o_BTNH)
     return x + self.mlp(self.post_norm(x)), (k, v) if cache is None else cache
 
 

@@ -13,12 +13,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from slowfast_jax.errors import UserError
+from slowfast_jax.kernels.self_attention import RESULT
 
 T = TypeVar("T")
 
-# What `keep` marks: the inputs and the output of attention. They are a tenth of what a layer
-# computes, and cost the most to compute again.
-KEPT = ("queries", "keys", "values", "attention")
+# The inputs of attention, which `keep` marks, and its output, which attention marks itself. They are
+# a tenth of what a layer computes, and cost the most to compute again.
+KEPT = ("queries", "keys", "values", RESULT)
 # Results of products with weights. JAX's own policy for them does not look into `layers.linear`.
 PRODUCT = "product"
 

@@ -121,7 +121,7 @@ class ViTBlock(nnx.Module):
     y = self.norm1(x)
     q, k, v = keep(self.q(y), "queries"), keep(self.k(y), "keys"), keep(self.v(y), "values")
     o = self_attention(q, k, v, rows="frames", valid=valid)
-    x = x + self.out(keep(o, "attention"))
+    x = x + self.out(o)
     # Written down: fused into fc2, the activation would be computed again for each of its tiles.
     hidden = jax.lax.optimization_barrier(self._gelu(self.fc1(self.norm2(x))))
     return x + self.fc2(hidden)
