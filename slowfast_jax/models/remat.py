@@ -17,8 +17,8 @@ from slowfast_jax.kernels.self_attention import RESULT
 
 T = TypeVar("T")
 
-# The inputs of attention, which `keep` marks, and its output, which attention marks itself. They are
-# a tenth of what a layer computes, and cost the most to compute again.
+# The inputs of attention, which `keep` marks, and its output, which attention does. They are a
+# tenth of what a layer computes, and cost the most to compute again.
 KEPT = ("queries", "keys", "values", RESULT)
 # Results of products with weights. JAX's own policy for them does not look into `layers.linear`.
 PRODUCT = "product"
