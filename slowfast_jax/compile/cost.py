@@ -13,6 +13,7 @@ import re
 import numpy as np
 
 from slowfast_jax.compile.hlo import Array, Executed, Instruction, Module, bytes_of
+from slowfast_jax.kernels.self_attention import CAUSAL
 
 COLLECTIVES = (
   "all-gather",
@@ -183,7 +184,7 @@ def _number(text: str, name: str) -> int:
 
 
 def _splash(one: Instruction, item: Executed) -> float:
-  """Every pair of positions counts, as it does in model FLOPs."""
+  """Of the blocks that run: a causal mask hides those of later keys."""
   match = re.search(r"splash_m[hq]a_(fwd|dkv)", one.name + one.source)
   shapes = [item.scope[name].arrays[0] for name in one.operands if name in item.scope]
   # Queries, keys and values are the operands with the most elements.
@@ -195,7 +196,10 @@ def _splash(one: Instruction, item: Executed) -> float:
   head, length = sorted(keys[-2:])
   # The matrix unit is 128 wide: a smaller head takes as long.
   padded = math.prod(queries) // head * max(head, 128)
-  return 2.0 * _SPLASH[match[1]] * padded * length
+  # What to load and what the mask says, by block of queries and of keys.
+  blocks = max((shape[-1] for dtype, shape in shapes if dtype == "s8"), default=1)
+  share = (blocks + 1) / (2 * blocks) if CAUSAL in one.source else 1.0
+  return 2.0 * _SPLASH[match[1]] * padded * length * share
 
 
 def _cycles(one: Instruction) -> int:

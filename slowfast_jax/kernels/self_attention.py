@@ -32,6 +32,7 @@ LANES = 128
 # What a remat policy may call the result. The backward pass of splash attention needs it, and the
 # sums of its rows, which have the same name: who keeps them does not run the kernel again.
 RESULT = "attention"
+CAUSAL = "causal"
 # Queries and keys of a block, whose scores are 4 MiB; v4 has 16 MiB of VMEM.
 LARGEST_BLOCK = 1024
 LARGEST_BLOCK_OF_V4 = 512
@@ -113,7 +114,9 @@ def attention_on_tpu(
     segments = mask.segments
 
   def attend(q: Array, k: Array, v: Array, segments: Array) -> Array:
-    return _splash(q, k, v, segments, causal, interpret)
+    # The name of the mask is in the compiled program, where the mask itself is not to be seen.
+    with jax.named_scope(CAUSAL if causal else "full"):
+      return _splash(q, k, v, segments, causal, interpret)
 
   mesh = mesh_in_force()
   if mesh is None:

@@ -49,6 +49,20 @@ def test_a_loop_counts_as_often_as_it_runs():
   assert cost.kernel_flops == {"splash": 15000.0}
 
 
+@pytest.mark.parametrize(("mask", "share"), [("full", 16 / 16), ("causal", 10 / 16)])
+def test_splash_attention_counts_the_blocks_that_run(mask, share):
+  text = f"""\
+HloModule jit_step
+
+ENTRY %main (m: s8[1,4,4], q: bf16[28,4096,128]) -> bf16[28,4096,128] {{
+  %m = s8[1,4,4] parameter(0)
+  %q = bf16[28,4096,128] parameter(1)
+  %splash_mha_fwd.1 = bf16[28,4096,128] custom-call(%m, %m, %q, %q, %q), custom_call_target="tpu_custom_call", metadata={{op_name="jit(step)/{mask}/splash"}}
+}}
+"""  # noqa: E501
+  assert cost_of(parse(text), MESH).flops == share * 2 * 2 * 28 * 4096**2 * 128
+
+
 def test_collectives_are_told_by_axis_and_bytes():
   found = {one.kind: one for one in cost_of(parse(PROGRAM), MESH).collectives}
   gather, reduce = found["all-gather"], found["all-reduce"]
