@@ -27,13 +27,14 @@ _policies = jax.checkpoint_policies
 
 # By name, from most memory to least:
 #   none     everything is kept;
-#   dots     results of matrix products with weights are kept, the rest is computed again;
+#   dots     results of matrix products with weights and of attention are kept, the rest is computed
+#            again;
 #   minimal  inputs and outputs of attention are kept, norms and MLPs are computed again;
 #   offload  the same, and what is kept waits in the host's memory;
 #   full     nothing is kept but the layers' inputs.
 _POLICIES = {
   "none": None,
-  "dots": _policies.save_only_these_names(PRODUCT),
+  "dots": _policies.save_only_these_names(PRODUCT, RESULT),
   "minimal": _policies.save_only_these_names(*KEPT),
   "offload": _policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
