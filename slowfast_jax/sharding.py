@@ -59,14 +59,18 @@ def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
   auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if slices == 1:
-    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=auto, devices=devices)
+    # Of a slice of 16 x 16, 32 chips are two rows: its links are shared out between two axes.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=auto)
   if shape[0] % slices:
     raise UserError(
       f"mesh: data must be a multiple of the {slices} slices, got {shape[0]}; "
       f"for instance mesh.data={slices} and mesh.fsdp=-1."
     )
   within = (shape[0] // slices, *shape[1:])
-  grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices)
+  grid = mesh_utils.create_hybrid_device_mesh(
+    within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+  )
   return Mesh(grid, MESH_AXES, axis_types=auto)
 
 

@@ -56,6 +56,27 @@ def test_a_mesh_of_some_devices():
   assert make_mesh({}, devices[:1]).devices.shape == (1, 1, 1, 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What a mesh asks a chip of a slice."""
+
+  coords: tuple[int, int, int]
+  slice_index: int = 0
+  platform: str = "tpu"
+  device_kind: str = "TPU v6 lite"
+  core_on_chip: int = 0
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_an_axis_of_the_mesh_may_be_two_rows_of_a_slice(slices):
+  chips = [Chip((x, y, 0), i) for i in range(slices) for y in range(16) for x in range(16)]
+  grid = make_mesh({"data": -1, "fsdp": 32}, chips).devices
+  assert grid.shape == (8 * slices, 32, 1, 1)
+  for group in grid.reshape(-1, 32):
+    assert len({chip.slice_index for chip in group}) == 1
+    assert min(len({chip.coords[axis] for chip in group}) for axis in (0, 1)) == 2
+
+
 @pytest.mark.parametrize(
   ("sizes", "words"),
   [
