@@ -23,6 +23,7 @@ def pretrain(size: str, decoder: str, tower: str, num_frames: int) -> ml_collect
   c = _common(decoder, tower, num_frames)
   c.optimizer.learning_rate = 1e-3
   c.optimizer.groups = (("^projector", 1.0), ("^adapters", 0.2), ("", 0.0))
+  c.train.remat = "minimal"  # The encoder, which is frozen, has no backward pass.
   return _sized(c, size, learning_rate=1e-2)
 
 
@@ -74,7 +75,8 @@ def _common(decoder: str, tower: str, num_frames: int) -> ml_collections.ConfigD
 
   c.optimizer.warmup_steps = c.train.get_ref("steps") * 3 // 100
   c.optimizer.b2 = 0.999
-  c.mesh.data, c.mesh.fsdp = 1, -1
+  # Each of 32 devices has 112 of the 7B's 3,584 channels: see "Which mesh" in docs/compile.md.
+  c.mesh.data, c.mesh.fsdp = (-1, 32) if decoder == "qwen2-7b" else (1, -1)
   return c
 
 
@@ -99,6 +101,7 @@ def _sized(
   c.optimizer.learning_rate = learning_rate  # Small models need and bear larger ones.
   c.train.steps, c.train.log_every, c.train.checkpoint_every = 60, 1, 60
   c.train.dtype = "float32"
+  c.mesh.data, c.mesh.fsdp = 1, -1
   return c
 
 
