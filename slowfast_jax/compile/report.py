@@ -7,8 +7,13 @@ from typing import Any
 from slowfast_jax.compile.topology import DCN, GIB, Topology
 
 # Share of the chip's peak at which kernels run, by the compiler's schedule of their inner loops
-# (docs/kernels.md). A matrix unit of v6e is half used by heads of 128.
-_KERNEL_SHARE = {"slow_cross_attention": (0.9, 0.5), "splash": (0.7, 0.3)}
+# (docs/kernels.md). A matrix unit of v6e is half used by heads of 128; depthwise convolutions have
+# no use for one, and v6e has no more vector units than the others.
+_KERNEL_SHARE = {
+  "slow_cross_attention": (0.9, 0.5),
+  "splash": (0.7, 0.3),
+  "depthwise": (0.015, 0.004),
+}
 
 _REST = "activations and temporaries"
 TRUST = (
