@@ -94,36 +94,32 @@ _convolution.defvjp(_convolution_forward, _convolution_backward)
 def _forward(x: Array, kernel: Array, interpret: bool) -> Float[Array, "B y x E"]:
   B, rows, columns, E = x.shape
   taps = kernel.shape[0]
-  padded = _padded(x, taps)
+  frame = pl.BlockSpec((1, rows, columns, LANES), lambda b, c: (b, 0, 0, c))
   return pl.pallas_call(
     _forward_block,
     name="depthwise_forward",
     grid=(B, E // LANES),
-    in_specs=[
-      pl.BlockSpec((1, *padded.shape[1:3], LANES), lambda b, c: (b, 0, 0, c)),
-      pl.BlockSpec((taps, taps, LANES), lambda b, c: (0, 0, c)),
-    ],
-    out_specs=pl.BlockSpec((1, rows, columns, LANES), lambda b, c: (b, 0, 0, c)),
+    in_specs=[frame, pl.BlockSpec((taps, taps, LANES), lambda b, c: (0, 0, c))],
+    out_specs=frame,
     out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-    scratch_shapes=[pltpu.VMEM((*padded.shape[1:3], LANES), jnp.float32)],
+    scratch_shapes=[_wide(rows, columns, taps)],
     compiler_params=_parameters("parallel", "parallel"),
     cost_estimate=_cost(x, taps),
     interpret=interpret,
-  )(padded, kernel.astype(jnp.float32))
+  )(x, kernel.astype(jnp.float32))
 
 
 def _forward_block(x_ref, kernel_ref, out_ref, wide_ref):
   """All taps over one frame's block of channels."""
-  taps, columns = kernel_ref.shape[0], out_ref.shape[2]
-  wide_ref[...] = x_ref[0].astype(jnp.float32)
-  width = wide_ref.shape[1]
+  taps, columns, width = kernel_ref.shape[0], out_ref.shape[2], wide_ref.shape[1]
+  _widen(x_ref, wide_ref, taps)
 
   def row(y, carry):
     total = jnp.zeros((width, LANES), jnp.float32)
     for j in range(taps):
       # Shifted once for a column of taps, not for each of them.
       column = [wide_ref[y + i] * kernel_ref[i, j : j + 1] for i in range(taps)]
-      total += pltpu.roll(functools.reduce(jnp.add, column), (width - j) % width, 0)
+      total += pltpu.roll(functools.reduce(jnp.add, column), (taps // 2 - j) % width, 0)
     out_ref[0, y] = total[:columns].astype(out_ref.dtype)
     return carry
 
@@ -131,42 +127,40 @@ def _forward_block(x_ref, kernel_ref, out_ref, wide_ref):
 
 
 def _kernel_gradient(x: Array, dy: Array, taps: int, interpret: bool) -> Float[Array, "k k E"]:
-  B, rows, _, E = x.shape
-  padded = _padded(x, taps)
-  width = padded.shape[2]
-  dy = jnp.pad(dy, ((0, 0), (0, 0), (0, width - dy.shape[2]), (0, 0)))
+  B, rows, columns, E = x.shape
+  frame = pl.BlockSpec((1, rows, columns, LANES), lambda c, b: (b, 0, 0, c))
+  wide = _wide(rows, columns, taps)
   sums = pl.pallas_call(
     _gradient_block,
     name="depthwise_kernel_gradient",
     grid=(E // LANES, B),
-    in_specs=[
-      pl.BlockSpec((1, *padded.shape[1:3], LANES), lambda c, b: (b, 0, 0, c)),
-      pl.BlockSpec((1, rows, width, LANES), lambda c, b: (b, 0, 0, c)),
-    ],
+    in_specs=[frame, frame],
     out_specs=pl.BlockSpec((taps, taps, SUBLANES, LANES), lambda c, b: (0, 0, 0, c)),
     out_shape=jax.ShapeDtypeStruct((taps, taps, SUBLANES, E), jnp.float32),
-    scratch_shapes=[pltpu.VMEM((*padded.shape[1:3], LANES), jnp.float32)],
+    scratch_shapes=[wide, pltpu.VMEM(wide.shape[1:], jnp.float32)],
     compiler_params=_parameters("parallel", "arbitrary"),
     cost_estimate=_cost(x, taps),
     interpret=interpret,
-  )(padded, dy)
+  )(x, dy)
   return sums.sum(2)
 
 
-def _gradient_block(x_ref, dy_ref, sums_ref, wide_ref):
+def _gradient_block(x_ref, dy_ref, sums_ref, wide_ref, row_ref):
   """What one frame's block of channels adds to every tap."""
-  taps, width = sums_ref.shape[0], dy_ref.shape[2]
+  taps, columns, width = sums_ref.shape[0], dy_ref.shape[2], wide_ref.shape[1]
 
   @pl.when(pl.program_id(1) == 0)
   def _():
     sums_ref[...] = jnp.zeros_like(sums_ref)
 
-  wide_ref[...] = x_ref[0].astype(jnp.float32)
+  _widen(x_ref, wide_ref, taps)
+  row_ref[...] = jnp.zeros_like(row_ref)
 
   def row(y, carry):
-    given = dy_ref[0, y].astype(jnp.float32)
+    row_ref[:columns] = dy_ref[0, y].astype(jnp.float32)
+    given = row_ref[...]
     for j in range(taps):
-      shifted = pltpu.roll(given, j, 0)
+      shifted = pltpu.roll(given, (j - taps // 2) % width, 0)
       for i in range(taps):
         products = (wide_ref[y + i] * shifted).reshape(width // SUBLANES, SUBLANES, LANES)
         sums_ref[i, j] += products.sum(0)
@@ -175,12 +169,22 @@ def _gradient_block(x_ref, dy_ref, sums_ref, wide_ref):
   jax.lax.fori_loop(0, dy_ref.shape[1], row, 0)
 
 
-def _padded(x: Array, taps: int) -> Array:
-  """Zeros around the grid, and on its right until columns fill tiles of 16-bit numbers."""
-  _, _, columns, _ = x.shape
-  around = taps // 2
-  right = round_up(columns + 2 * around, 2 * SUBLANES) - columns - around
-  return jnp.pad(x, ((0, 0), (around, around), (around, right), (0, 0)))
+def _wide(rows: int, columns: int, taps: int) -> Any:
+  """Room for a block with zeros around it. Those on its right are on its left too: rows roll."""
+  width = round_up(columns + taps // 2, SUBLANES)
+  return pltpu.VMEM((rows + taps - 1, width, LANES), jnp.float32)
+
+
+def _widen(x_ref, wide_ref, taps):
+  """Copies a block into such a room."""
+  rows, columns = x_ref.shape[1:3]
+  wide_ref[...] = jnp.zeros_like(wide_ref)
+
+  def row(y, carry):
+    wide_ref[y + taps // 2, :columns] = x_ref[0, y].astype(jnp.float32)
+    return carry
+
+  jax.lax.fori_loop(0, rows, row, 0)
 
 
 def _parameters(*semantics: Any) -> pltpu.CompilerParams:
