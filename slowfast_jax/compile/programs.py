@@ -24,8 +24,8 @@ from slowfast_jax.generate.engine import ENCODED_FRAMES
 from slowfast_jax.generate.programs import Decoding, Visual
 from slowfast_jax.generate.prompts import Prompts
 from slowfast_jax.generate.sampling import Sampling
+from slowfast_jax.models.cache import KVCache
 from slowfast_jax.models.compressor import pooling_matrix
-from slowfast_jax.models.decoder import KVCache
 from slowfast_jax.models.hybrid import SlowKV
 from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig, graphdef_of
 from slowfast_jax.sharding import make_mesh, sharding_of

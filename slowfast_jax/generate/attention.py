@@ -86,11 +86,11 @@ def attend(
   """
   query, kv = query_of(prompts.text_index, visual), visual.kv
   adapters = model.adapters
-  if kv is None or query is None or adapters is None:
+  if not isinstance(kv, SlowKV) or query is None or adapters is None:
     raise ValueError("Attention to slow tokens needs hybrid layers and a video.")
   log_probs = _log_probs(model, prompts, visual, query, kv, adapters, asked)
   num_heads = model.cfg.decoder.num_heads
-  none = jnp.zeros((len(kv.k), len(asked), num_heads, *query.q_segments.shape[1:], kv.k.shape[2]))
+  none = jnp.zeros((len(kv.k), len(asked), num_heads, query.q_segments.shape[1], kv.num_slots))
   full, weights, gates = log_probs(none, jnp.ones(()))
   answer = jnp.argmax(full, axis=-1)[:, None]
 

@@ -14,9 +14,10 @@ from slowfast_jax.generate.prompts import Prompts
 from slowfast_jax.generate.sampling import Sampling, next_token
 from slowfast_jax.generate.sessions import fit
 from slowfast_jax.kernels.self_attention import Causal
+from slowfast_jax.models.apart import views
+from slowfast_jax.models.cache import FlatCache, KVCache
 from slowfast_jax.models.compressor import compress
-from slowfast_jax.models.decoder import KVCache
-from slowfast_jax.models.hybrid import SlowKV, SlowQuery
+from slowfast_jax.models.hybrid import SlowKV, SlowLayers, SlowQuery
 from slowfast_jax.models.slowfast import SlowFast
 
 
@@ -32,7 +33,7 @@ class Visual:
   """
 
   fast: Float[Array, "B fast D"]
-  kv: SlowKV | None
+  kv: SlowKV | SlowLayers | None
   num_slow: Int[Array, " B"]
 
 
@@ -49,7 +50,7 @@ class Decoding:
     stopped: rows that have produced a stop token, or are no prompt at all.
   """
 
-  cache: KVCache
+  cache: KVCache | FlatCache
   tokens: Int[Array, "B new"]
   counts: Int[Array, " B"]
   lengths: Int[Array, " B"]
@@ -140,7 +141,7 @@ def query_of(text_index: Int[Array, "B X"], visual: Visual) -> SlowQuery | None:
   """Each row reads the valid slow tokens of its own video."""
   if visual.kv is None:
     return None
-  slots = jnp.arange(visual.kv.k.shape[2])
+  slots = jnp.arange(visual.kv.num_slots)
   return SlowQuery(
     text_index,
     (text_index >= 0).astype(jnp.int32),
@@ -178,11 +179,11 @@ def prefill(
 
 def decode_logits(
   model: SlowFast, state: Decoding, visual: Visual
-) -> tuple[Float[Array, "B V"], KVCache]:
+) -> tuple[Float[Array, "B V"], KVCache | FlatCache]:
   """Scores of the token after each row's latest one, which is written into the cache."""
   latest = jnp.take_along_axis(state.tokens, state.counts[:, None] - 1, axis=1)
   positions = (state.lengths + state.counts - 1)[:, None]
-  x = model.decoder.embed(latest, state.cache.k.dtype)
+  x = model.decoder.embed(latest, state.cache.dtype)
   # New tokens are text: they query under every query set.
   text_index = jnp.where(visual.num_slow > 0, 0, -1)[:, None]
   query = query_of(text_index, visual)
@@ -200,6 +201,14 @@ def decode(
   stop_ids: Int[Array, " stops"],
 ) -> Decoding:
   """Takes up to `steps` new tokens of every row that has not stopped or reached its limit."""
+  if model.decoder.is_apart and isinstance(state.cache, KVCache):
+    state = dataclasses.replace(state, cache=FlatCache.of(state.cache))
+    if isinstance(visual.kv, SlowKV):
+      layers = SlowLayers(tuple(visual.kv.k), tuple(visual.kv.v))
+      visual = dataclasses.replace(visual, kv=layers)
+    done = decode(model, state, visual, sampling, limits, steps, stop_ids)
+    assert isinstance(done.cache, FlatCache)
+    return dataclasses.replace(done, cache=done.cache.stacked())
 
   def active(state: Decoding) -> Bool[Array, " B"]:
     return ~state.stopped & (state.counts < limits)
@@ -269,8 +278,17 @@ def insert(
   rest = [at(0)(getattr(state, name), getattr(row, name)) for name in _BY_ROW]
   kv = visual.kv
   if kv is not None and media.kv is not None:
-    length = kv.k.shape[2]
+    length = kv.num_slots
     fitted = jax.tree.map(lambda array: fit(array, 2, length), media.kv)
     kv = jax.tree.map(at(1), kv, fitted)
   num_slow = at(0)(visual.num_slow, media.num_slow)
   return Decoding(cache, *rest), Visual(visual.fast, kv, num_slow)
+
+
+def with_layers_apart(params: nnx.State) -> nnx.State:
+  """The parameters with those of the decoder's layers, and adapters, as views of their stacks."""
+  parts = dict(params)
+  parts["decoder"] = nnx.State({**params["decoder"], "layers": views(params["decoder"]["layers"])})
+  if "adapters" in parts:
+    parts["adapters"] = views(parts["adapters"])
+  return nnx.State(parts)

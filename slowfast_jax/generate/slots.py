@@ -97,7 +97,11 @@ class Slots:
       return jax.tree.leaves(programs.insert(**arguments))
 
     decoded = engine.compiled(
-      decode, static=("rows",), donate=("state",), out_shardings=shardings[: state_tree.num_leaves]
+      decode,
+      static=("rows",),
+      donate=("state",),
+      out_shardings=shardings[: state_tree.num_leaves],
+      decodes=True,
     )
     inserted = jax.jit(insert, donate_argnames=("state", "visual"), out_shardings=shardings)
     self._decode = lambda **arguments: state_tree.unflatten(decoded(**arguments))

@@ -21,6 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from slowfast_jax.kernels import one_query
 from slowfast_jax.kernels.cross_attention.blocks import (
   round_up,
   target_device_kind,
@@ -81,6 +82,8 @@ def self_attention(
     dense = mask.dense() if isinstance(mask, Causal) else mask
     if mask is None and valid is not None:
       dense = (jnp.arange(k.shape[1]) < valid)[None, None, None]
+    if target_platform() == "cpu" and dense is not None and one_query.applies(q.shape, k.shape):
+      return one_query.attention(q, k, v, dense)
     return checkpoint_name(jax.nn.dot_product_attention(q, k, v, mask=dense), RESULT)
   return attention_on_tpu(q, k, v, mask, rows=rows, valid=valid)
 

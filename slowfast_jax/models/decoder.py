@@ -7,7 +7,7 @@ hybridising is adding adapters to a decoder, not writing another decoder.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from slowfast_jax.kernels.self_attention import Causal, self_attention
+from slowfast_jax.models.apart import is_apart
+from slowfast_jax.models.cache import FlatCache, KVCache
 from slowfast_jax.models.layers import (
   Embedding,
   Projection,
@@ -66,30 +68,6 @@ class DecoderConfig:
       )
     if self.head_dim % 2:
       raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}.")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-  """Self-attention keys and values of all layers; slot s holds position s of its row."""
-
-  k: Float[Array, "L B T K H"]
-  v: Float[Array, "L B T K H"]
-
-  def write(
-    self,
-    depth: int | Int[Array, ""],
-    slots: Int[Array, "B T"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-  ) -> "KVCache":
-    """New keys and values of a layer. In place: the cache goes through a step as one array."""
-    rows = jnp.arange(k.shape[0])[:, None]
-    put = [
-      old.at[depth, rows, slots].set(new.astype(old.dtype))
-      for old, new in zip((self.k, self.v), (k, v))
-    ]
-    return KVCache(*put)
 
 
 # The hook of a hybrid layer: (rotated q, self-attention output o) -> o plus what was read.
@@ -153,7 +131,7 @@ class DecoderLayer(nnx.Module):
     x: Float[Array, "B T D"],
     rope,
     mask: Causal | Bool[Array, "B 1 T L"],
-    cache: KVCache | None = None,
+    cache: KVCache | FlatCache | None = None,
     depth: int | Int[Array, ""] = 0,
     slots: Int[Array, "B T"] | None = None,
     read_slow: ReadSlow | None = None,
@@ -163,7 +141,7 @@ class DecoderLayer(nnx.Module):
     q_BTNH, k, v = keep(q_BTNH, "queries"), keep(k, "keys"), keep(v, "values")
     if cache is not None and slots is not None:
       cache = cache.write(depth, slots, k, v)
-      k, v = cache.k[depth], cache.v[depth]
+      k, v = cache.read(depth)
     o_BTNH = self_attention(q_BTNH, k.astype(x.dtype), v.astype(x.dtype), mask)
     if read_slow is not None:
       o_BTNH = read_slow(q_BTNH, o_BTNH)
@@ -185,16 +163,21 @@ class Decoder(nnx.Module):
       else Projection("...D,DV->...V", (cfg.width, cfg.vocab_size), ("embed", "vocab"), rngs=rngs)
     )
 
+  @property
+  def is_apart(self) -> bool:
+    """Whether its layers' parameters are arrays of their own, see `apart`."""
+    return is_apart(self.layers.input_norm.scale.get_value())
+
   def __call__(
     self,
     x: Float[Array, "B T D"],
     positions: Int[Array, "B T"],
     mask: Causal | Bool[Array, "B 1 T L"],
     *,
-    cache: KVCache | None = None,
+    cache: KVCache | FlatCache | None = None,
     readers: dict[int, ReadSlow] | None = None,
     policy: str = "none",
-  ) -> tuple[Float[Array, "B T D"], KVCache]:
+  ) -> tuple[Float[Array, "B T D"], KVCache | FlatCache]:
     """Runs all layers.
 
     Args:
@@ -216,14 +199,15 @@ class Decoder(nnx.Module):
     def run(layer, x, cache, depth, read_slow=None):
       return layer(x, rope, mask, cache, depth, positions, read_slow)
 
-    for start, stop, hybrid in _runs(self.cfg.num_layers, sorted(readers)):
-      if hybrid:
-        layer, read_slow = layer_of(self.layers, start), readers[start]
+    alone = range(self.cfg.num_layers) if self.is_apart else sorted(readers)
+    for start, stop, is_alone in _runs(self.cfg.num_layers, alone):
+      if is_alone:
+        layer, read_slow = layer_of(self.layers, start), readers.get(start)
 
-        def hybrid_layer(x, cache, layer=layer, depth=start, read_slow=read_slow):
+        def one_layer(x, cache, layer=layer, depth=start, read_slow=read_slow):
           return run(layer, x, cache, depth, read_slow)
 
-        x, found = remat(hybrid_layer, policy)(x, cache)
+        x, found = remat(one_layer, policy)(x, cache)
         if cache is None:
           collected.append(jax.tree.map(lambda array: array[None], found))
         else:
@@ -269,18 +253,13 @@ def _residual_gain(cfg: DecoderConfig) -> float:
   return (2 * cfg.num_layers) ** -0.5
 
 
-def _runs(num_layers: int, hybrid: list[int]) -> list[tuple[int, int, bool]]:
-  """Layers as (start, stop, is hybrid): each hybrid one alone, the plain ones between together."""
+def _runs(num_layers: int, alone: Sequence[int]) -> list[tuple[int, int, bool]]:
+  """Layers as (start, stop, is alone): those alone, and the ones between them together."""
   runs, start = [], 0
-  for index in [*hybrid, num_layers]:
+  for index in [*alone, num_layers]:
     if index > start:
       runs.append((start, index, False))
     if index < num_layers:
       runs.append((index, index + 1, True))
     start = index + 1
   return runs
-
-
-def cache_mask(positions: Int[Array, "B T"], num_slots: int) -> Bool[Array, "B 1 T L"]:
-  """Each position sees the slots up to its own; later slots hold nothing yet."""
-  return (jnp.arange(num_slots) <= positions[:, :, None])[:, None]

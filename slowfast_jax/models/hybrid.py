@@ -65,6 +65,23 @@ class SlowKV:
   k: Float[Array, "A B S K H"]
   v: Float[Array, "A B S K H"]
 
+  @property
+  def num_slots(self) -> int:
+    return self.k.shape[2]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlowLayers:
+  """A `SlowKV` whose layers are arrays of their own, see `apart`."""
+
+  k: tuple[Float[Array, "B S K H"], ...]
+  v: tuple[Float[Array, "B S K H"], ...]
+
+  @property
+  def num_slots(self) -> int:
+    return self.k[0].shape[1]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from slowfast_jax.models.apart import is_apart
 from slowfast_jax.models.int8 import is_int8, linear_int8
 from slowfast_jax.models.remat import PRODUCT, keep
 from slowfast_jax.sharding import axes_that_divide, mesh_in_force
@@ -71,7 +72,18 @@ def linear(
   """
   if is_int8(kernel):
     return linear_int8(equation, x, kernel, dtype or x.dtype)
-  return keep(_linear(equation, x.dtype, dtype or x.dtype, x, kernel), PRODUCT)
+  return keep(_linear(_in_order(equation), x.dtype, dtype or x.dtype, x, kernel), PRODUCT)
+
+
+@functools.cache
+def _in_order(equation: str) -> str:
+  """The equation with a, b, c ... for the kernel's axes.
+
+  `jnp.einsum` sums axes in the order of their names. In another order than that of the memory, XLA
+  for CPU transposes the kernel first.
+  """
+  axes = equation.split("->")[0].split(",")[1]
+  return equation.translate(str.maketrans(axes, "abcdefgh"[: len(axes)]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -254,4 +266,4 @@ def unstack(layers: M, start: int, stop: int) -> tuple[nnx.GraphDef[M], nnx.Stat
 def layer_of(layers: M, index: int) -> M:
   """One layer of a stack."""
   graphdef, state = nnx.split(layers)
-  return nnx.merge(graphdef, jax.tree.map(lambda p: p[index], state))
+  return nnx.merge(graphdef, jax.tree.map(lambda p: p[index], state, is_leaf=is_apart))

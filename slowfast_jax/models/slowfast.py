@@ -17,15 +17,21 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from slowfast_jax.kernels.self_attention import Causal
+from slowfast_jax.models.cache import FlatCache, KVCache, cache_mask
 from slowfast_jax.models.compressor import compress, spatial_pool
 from slowfast_jax.models.decoder import (
   Decoder,
   DecoderConfig,
-  KVCache,
   ReadSlow,
-  cache_mask,
 )
-from slowfast_jax.models.hybrid import HybridAdapter, HybridConfig, SlowKV, SlowQuery, slow_query
+from slowfast_jax.models.hybrid import (
+  HybridAdapter,
+  HybridConfig,
+  SlowKV,
+  SlowLayers,
+  SlowQuery,
+  slow_query,
+)
 from slowfast_jax.models.layers import Rngs, layer_of, stack
 from slowfast_jax.models.lora import LoraConfig, add_lora
 from slowfast_jax.models.projector import Projector, projector_depth
@@ -193,7 +199,7 @@ class SlowFast(nnx.Module):
     ]
     return SlowKV(*(jnp.stack(part) for part in zip(*pairs)))
 
-  def readers(self, kv: SlowKV | None, query: SlowQuery | None) -> dict[int, ReadSlow]:
+  def readers(self, kv: SlowKV | SlowLayers | None, query: SlowQuery | None) -> dict[int, ReadSlow]:
     """The hook of each hybrid layer."""
     adapters = self.adapters
     if adapters is None or kv is None or query is None:
@@ -231,12 +237,12 @@ class SlowFast(nnx.Module):
     self,
     x: Float[Array, "B T D"],
     positions: Int[Array, "B T"],
-    cache: KVCache,
-    kv: SlowKV | None,
+    cache: KVCache | FlatCache,
+    kv: SlowKV | SlowLayers | None,
     query: SlowQuery | None,
-  ) -> tuple[Float[Array, "B T D"], KVCache]:
+  ) -> tuple[Float[Array, "B T D"], KVCache | FlatCache]:
     """Prefill or decode: positions write their cache slots and see all earlier ones."""
-    mask = cache_mask(positions, cache.k.shape[2])
+    mask = cache_mask(positions, cache.num_slots)
     return self.decoder(x, positions, mask, cache=cache, readers=self.readers(kv, query))
 
 

@@ -16,7 +16,7 @@ from slowfast_jax.errors import UsageError
 from slowfast_jax.generate.programs import Decoding, Visual
 from slowfast_jax.generate.prompts import Prompts
 from slowfast_jax.generate.sampling import Sampling
-from slowfast_jax.models.decoder import KVCache
+from slowfast_jax.models.cache import KVCache
 from slowfast_jax.models.hybrid import SlowKV
 
 COMMAND = ["compile", "--config=configs/tiny.py", "--topology=v5e:2x2"]

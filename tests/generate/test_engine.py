@@ -13,6 +13,7 @@ from slowfast_jax.errors import UserError
 from slowfast_jax.generate import programs
 from slowfast_jax.generate.engine import Engine
 from slowfast_jax.generate.sampling import make_sampling
+from slowfast_jax.models.cache import FlatCache
 from slowfast_jax.sharding import make_mesh
 from tests.generate.tiny import TOKENIZER, frames, full_logits, make_export
 
@@ -49,7 +50,8 @@ def cached_logits(engine, prompts, sessions, replies, cross=True):
   tokens[: len(replies)] = replies
   if not cross:
     visual = dataclasses.replace(visual, kv=None)
-  step = engine.compiled(programs.decode_logits)
+  state = dataclasses.replace(state, cache=FlatCache.of(state.cache))
+  step = engine.compiled(programs.decode_logits, decodes=True)
   found = []
   for i in range(1, NEW):
     state = dataclasses.replace(state, tokens=jnp.asarray(tokens), counts=jnp.full(rows, i))

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from slowfast_jax.kernels import one_query
 from slowfast_jax.kernels.self_attention import Causal, attention_on_tpu, self_attention
 from slowfast_jax.sharding import make_mesh
 
@@ -42,6 +43,20 @@ def test_output_and_gradients_are_those_of_a_dense_mask(mask, sizes, valid):
   kernel = run(lambda *x: attention_on_tpu(*x, mask, valid=valid, interpret=True))
   for got, expected in zip(kernel, run(lambda *x: self_attention(*x, mask, valid=valid))):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_one_query_of_a_cache_reads_what_attention_reads(kv_heads):
+  q, k, v, _ = arrays(4, kv_heads, 8)
+  mask = (jnp.arange(200) <= jnp.array([[70], [199]]))[:, None, None]
+  assert one_query.applies(q[:, :1].shape, k.shape)
+  out = jax.jit(self_attention)(q[:, :1], k, v, mask)
+  expected = jax.nn.dot_product_attention(q[:, :1], k, v, mask=mask)
+  np.testing.assert_allclose(out, expected, atol=1e-6)
+  half = [x.astype(jnp.bfloat16) for x in (q[:, :1], k, v)]
+  rounded = self_attention(*half, mask)
+  assert rounded.dtype == jnp.bfloat16
+  np.testing.assert_allclose(rounded.astype(jnp.float32), expected, atol=2e-2)
 
 
 def test_rows_and_heads_over_a_mesh_change_nothing():

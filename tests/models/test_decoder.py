@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from slowfast_jax.kernels.self_attention import Causal
-from slowfast_jax.models.decoder import Decoder, KVCache, _runs, cache_mask
+from slowfast_jax.models.cache import KVCache, cache_mask
+from slowfast_jax.models.decoder import Decoder, _runs
 from slowfast_jax.models.layers import layer_of
 from slowfast_jax.models.rope import frequencies, rope_table
 from tests.models.tiny import CONFIG, random_module

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from slowfast_jax.kernels import one_query
 from slowfast_jax.kernels.cross_attention.reference import visibility
 
 # Scores of a block, over batch, heads and queries: small enough for a processor's cache to be of
@@ -91,18 +92,18 @@ def forward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
   """Output and log-sum-exp, by an online softmax over blocks of keys."""
   dot, q_BKGTH = _dot(q, k, v), _fold(q, k.shape[2])
+  score, read = _products(q.shape, k.shape, dot)
 
   def step(state, start, size):
     peak, total, out = state
-    logits = _logits(q_BKGTH, k, masks, scale, start, size, dot)
+    logits = _logits(q_BKGTH, k, masks, scale, start, size, score)
     higher = jnp.maximum(peak, jnp.max(logits, axis=-1))
     # Of a row that has seen no key yet: shifting by 0 keeps exp(-inf - 0) = 0 and makes no NaN.
     shift = jnp.where(jnp.isneginf(higher), 0.0, higher)
     weights = jnp.exp(logits - shift[..., None])
     keep = jnp.exp(peak - shift)
-    read = dot("BKGTS,BSKH->BKGTH", weights, _cut(v, start, size))
     total = keep * total + jnp.sum(weights, axis=-1)
-    return higher, total, keep[..., None] * out + read
+    return higher, total, keep[..., None] * out + read(weights, _cut(v, start, size))
 
   shape = q_BKGTH.shape[:-1]
   start = jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(q_BKGTH.shape)
@@ -132,6 +133,7 @@ def backward(
   """
   dot, fold = _dot(q, k, v), functools.partial(_fold, kv_heads=k.shape[2])
   q_BKGTH, do_BKGTH = fold(q), fold(d_out)
+  score = functools.partial(dot, "BKGTH,BSKH->BKGTS")
   empty = jnp.isneginf(lse)
   delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
   delta = fold((delta - jnp.where(empty, 0.0, d_lse))[..., None])
@@ -139,7 +141,7 @@ def backward(
 
   def step(state, start, size):
     dq, dk, dv = state
-    logits = _logits(q_BKGTH, k, masks, scale, start, size, dot)
+    logits = _logits(q_BKGTH, k, masks, scale, start, size, score)
     weights = jnp.exp(logits - shift)
     d_weights = dot("BKGTH,BSKH->BKGTS", do_BKGTH, _cut(v, start, size))
     d_logits = scale * weights * (d_weights - delta)
@@ -170,10 +172,10 @@ def _over_blocks(step: Callable[..., Any], state: Any, num_keys: int, block: int
   return step(state, num_blocks * block, rest) if rest else state
 
 
-def _logits(q_BKGTH, k, masks, scale, start, size, dot):
+def _logits(q_BKGTH, k, masks, scale, start, size, score):
   """Scaled scores against one block of keys; -inf where a query does not see a key."""
   lengths, q_segments, kv_segments = masks
-  logits = scale * dot("BKGTH,BSKH->BKGTS", q_BKGTH, _cut(k, start, size))
+  logits = scale * score(q_BKGTH, _cut(k, start, size))
   if lengths is None and q_segments is None:
     return logits
   lengths = None if lengths is None else lengths - start
@@ -202,6 +204,14 @@ def _dot(q, k, v):
     return jnp.einsum(pattern, a.astype(jnp.float32), b.astype(jnp.float32), precision=precision)
 
   return dot
+
+
+def _products(q_shape, k_shape, dot):
+  """How queries are multiplied with keys, and weights with values."""
+  if one_query.applies(q_shape, k_shape):
+    return functools.partial(one_query.scores, dot=dot), functools.partial(one_query.read, dot=dot)
+  patterns = "BKGTH,BSKH->BKGTS", "BKGTS,BSKH->BKGTH"
+  return tuple(functools.partial(dot, pattern) for pattern in patterns)
 
 
 def _fold(x: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K G T H"]:

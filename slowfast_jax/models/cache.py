@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-attention's keys and values of all positions so far, which a decode step adds to."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+  """Keys and values of all layers; slot s holds position s of its row."""
+
+  k: Float[Array, "L B T K H"]
+  v: Float[Array, "L B T K H"]
+
+  @property
+  def num_slots(self) -> int:
+    return self.k.shape[2]
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    return self.k.dtype
+
+  def write(
+    self,
+    depth: int | Int[Array, ""],
+    slots: Int[Array, "B T"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+  ) -> "KVCache":
+    """New keys and values of a layer. In place: the cache goes through a step as one array."""
+    rows = jnp.arange(k.shape[0])[:, None]
+    put = [
+      old.at[depth, rows, slots].set(new.astype(old.dtype))
+      for old, new in zip((self.k, self.v), (k, v))
+    ]
+    return KVCache(*put)
+
+  def read(
+    self, depth: int | Int[Array, ""]
+  ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Keys and values of a layer."""
+    return self.k[depth], self.v[depth]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FlatCache:
+  """A `KVCache` for a processor, which writes one position of each row at a time.
+
+  Each layer is a matrix, which products take as it is. In any other form XLA for CPU copies all of
+  it, for the write and for each product.
+
+  Attributes:
+    k, v: keys and values of each layer.
+    shape: [B, T, K, H] of a layer.
+  """
+
+  k: tuple[Float[Array, "BT KH"], ...]
+  v: tuple[Float[Array, "BT KH"], ...]
+  shape: tuple[int, int, int, int] = dataclasses.field(metadata={"static": True})
+
+  @classmethod
+  def of(cls, cache: KVCache) -> "FlatCache":
+    _, B, T, K, H = cache.k.shape
+    k, v = (tuple(x.reshape(-1, B * T, K * H)) for x in (cache.k, cache.v))
+    return cls(k, v, (B, T, K, H))
+
+  def stacked(self) -> KVCache:
+    """Undoes `of`."""
+    return KVCache(*(jnp.stack(x).reshape(-1, *self.shape) for x in (self.k, self.v)))
+
+  @property
+  def num_slots(self) -> int:
+    return self.shape[1]
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    return self.k[0].dtype
+
+  def write(
+    self,
+    depth: int | Int[Array, ""],
+    slots: Int[Array, "B 1"],
+    k: Float[Array, "B 1 K H"],
+    v: Float[Array, "B 1 K H"],
+  ) -> "FlatCache":
+    """New keys and values of a layer, row by row: for a scatter the matrix would be copied."""
+    B, T, _, _ = self.shape
+    i = int(depth)
+
+    def put(layers: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
+      flat, lines = layers[i], new.reshape(B, 1, -1).astype(self.dtype)
+      for row in range(B):
+        flat = jax.lax.dynamic_update_slice(flat, lines[row], (row * T + slots[row, 0], 0))
+      return (*layers[:i], flat, *layers[i + 1 :])
+
+    return FlatCache(put(self.k, k), put(self.v, v), self.shape)
+
+  def read(
+    self, depth: int | Int[Array, ""]
+  ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Keys and values of a layer."""
+    i = int(depth)
+    return self.k[i].reshape(self.shape), self.v[i].reshape(self.shape)
+
+
+def cache_mask(positions: Int[Array, "B T"], num_slots: int) -> Bool[Array, "B 1 T L"]:
+  """Each position sees the slots up to its own; later slots hold nothing yet."""
+  return (jnp.arange(num_slots) <= positions[:, :, None])[:, None]
