@@ -29,7 +29,7 @@ def ours(blocks=None, **sizes):
   shape = Shape(**sizes)
   fold, table = _ours(shape)
   blocks = dataclasses.replace(table.forward, **(blocks or {}))
-  q, k, tiles = _ours_inputs(shape, fold, blocks)
+  q, k, tiles = _ours_inputs(shape, fold, blocks, round_up(fold.rows, blocks.row_block))
 
   def program(q, k, v, *tiles):
     return forward(q, k, v, Tiles(*tiles), None, fold=fold, blocks=blocks)
@@ -38,11 +38,11 @@ def ours(blocks=None, **sizes):
 
 
 def ours_backward(blocks=None, **sizes):
-  """This project's backward kernel, likewise."""
+  """One call of this project's backward kernel, likewise; more rows than fit take several."""
   shape = Shape(**sizes)
   fold, table = _ours(shape)
   blocks = dataclasses.replace(table.backward, **(blocks or {}))
-  q, k, tiles = _ours_inputs(shape, fold, blocks)
+  q, k, tiles = _ours_inputs(shape, fold, blocks, blocks.row_block)
   line = jax.ShapeDtypeStruct((*q.shape[:2], 1, q.shape[2]), jnp.float32)
 
   def program(q, do, lse, delta, k, v, *tiles):
@@ -58,9 +58,8 @@ def _ours(shape):
   return fold, choose(fold.rows, fold.keys, fold.width, k.dtype.itemsize)
 
 
-def _ours_inputs(shape, fold, sizes):
+def _ours_inputs(shape, fold, sizes, rows):
   """Folded queries, keys, and the plan as inputs: the profiler cannot follow computed scalars."""
-  rows = round_up(fold.rows, sizes.row_block)
   q = (shape.batch, fold.blocks_of_heads, rows, fold.width)
   k = (shape.batch, fold.keys, fold.blocks_of_heads * fold.width)
   plan = plan_tiles(fold, None, None, None, rows // sizes.chunk, sizes.key_block)
@@ -70,12 +69,22 @@ def _ours_inputs(shape, fold, sizes):
 
 def tile_on(chip: str, kernel: str, shape: Shape) -> dict[str, int]:
   """Key block and chunk that the table of block sizes gives this project's kernel on a chip."""
+  _, table = _ours_on(chip, shape)
+  sizes = table.backward if kernel == "ours_backward" else table.forward
+  return {"key_block": sizes.key_block, "chunk": sizes.chunk}
+
+
+def calls_on(chip: str, kernel: str, shape: Shape) -> int:
+  """Calls of this project's kernel that a shape takes on a chip."""
+  fold, table = _ours_on(chip, shape)
+  return -(-fold.rows // table.backward.row_block) if kernel == "ours_backward" else 1
+
+
+def _ours_on(chip, shape):
   kind = next(kind for kind, name in NAMES.items() if name == chip)
   device = jax.sharding.AbstractDevice(kind, CHIPS[chip].cores, "tpu")
   with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-    _, table = _ours(shape)
-  sizes = table.backward if kernel == "ours_backward" else table.forward
-  return {"key_block": sizes.key_block, "chunk": sizes.chunk}
+    return _ours(shape)
 
 
 def flash(**sizes):

@@ -8,7 +8,7 @@ the matrix unit for a tile, bytes of HBM, VMEM and spilled registers.
 import dataclasses
 
 from benchmarks.kernel_cache import cached_schedule
-from benchmarks.kernel_cases import tile_on
+from benchmarks.kernel_cases import calls_on, tile_on
 from benchmarks.tpu_schedule import CHIPS
 from slowfast_jax.kernels.cross_attention.shapes import KEY_LENGTHS, Shape
 
@@ -65,7 +65,8 @@ def compute_row(kernel: str, chip: str, shape: Shape, timeout: float) -> GridRow
   flops = 2 * PRODUCTS[kernel] * tile["key_block"] * tile["chunk"] * shape.head_dim
   share = flops / CHIPS[chip].flops_per_cycle / found.hot_bundles
   least = shape.min_bytes() if kernel == "ours" else shape.min_backward_bytes()
-  ratio = found.hbm_bytes / least if found.hbm_bytes else None
+  moved = found.hbm_bytes and found.hbm_bytes * calls_on(chip, kernel, shape)
+  ratio = moved / least if moved else None
   return GridRow(kernel, chip, shape, share, ratio, found.vmem / MIB, found.spill / MIB)
 
 
