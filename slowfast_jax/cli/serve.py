@@ -137,11 +137,14 @@ def _mesh(text: str) -> dict[str, int]:
   """The sizes of a mesh's axes, as "data=2,tensor=4"."""
   try:
     pairs = [part.split("=") for part in text.split(",")]
-    return {name.strip(): int(size) for name, size in pairs}
+    sizes = {name.strip(): int(size) for name, size in pairs}
   except ValueError:
     raise UsageError(
       f"--mesh must name axes and their sizes, such as data=2,tensor=4, got {text!r}."
     ) from None
+  if len(sizes) < len(pairs):
+    raise UsageError(f"--mesh must name each axis once, got {text!r}.")
+  return sizes
 
 
 def _folder(name: str) -> Path:

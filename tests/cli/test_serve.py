@@ -37,6 +37,7 @@ def test_help_needs_no_extra(tmp_path):
   [
     ("--slots=0", "--slots must be at least 1, got 0"),
     ("--mesh=data", "--mesh must name axes and their sizes, such as data=2,tensor=4, got 'data'"),
+    ("--mesh=data=2,data=4", "--mesh must name each axis once, got 'data=2,data=4'"),
     ("--max-queue=-1", "--max-queue must be positive, got -1"),
     ("--max-body-mb=nan", "--max-body-mb must be positive, got nan"),
     ("--allow-folder=none", "--allow-folder none: there is no such folder"),
