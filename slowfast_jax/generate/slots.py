@@ -6,7 +6,7 @@ Every step then takes a few new tokens of all slots at once.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -187,21 +187,38 @@ class Slots:
     self._limits[slot] = 0
     self._sampling.temperature[slot] = 0.0
 
-  def warm_up(self, longest_text: int | None = None) -> None:
+  def warm_up(
+    self,
+    longest_text: int | None = None,
+    progress: Callable[[int, int], Any] = lambda done, total: None,
+  ) -> None:
     """Compiles all that requests can need: those without a video, with an image, with a video.
 
     Args:
       longest_text: of the prompts, in tokens; None: as long as a slot has room for. Several videos
         a prompt, or more frames than the model's, compile when they first come.
+      progress: is told how many programs are compiled, and of how many.
     """
     if self._used:
       raise RuntimeError("Slots must be warmed up before they are used.")
+    prompts = self._prompts(longest_text)
+    total = len(prompts) + len(self._sizes)
+    for done, prompt in enumerate(prompts):
+      progress(done, total)
+      self._fill(0, prompt, make_sampling(1))
+    for done, rows in enumerate(self._sizes, len(prompts)):
+      progress(done, total)
+      self._advance(1, rows)
+    progress(total, total)
+
+  def _prompts(self, longest_text: int | None) -> list[Request]:
+    """A prompt for each program that prefills."""
     engine, num_frames = self._engine, self._engine.export.video.num_frames
     size = engine.export.model.vision.image_size
     # One video of each size that videos are padded to.
     counts = {engine.padded_frames(n): n for n in range(1, num_frames + 1)}
     sessions = [engine.encode(np.zeros((n, size, size, 3), np.uint8)) for n in counts.values()]
-    done: set[tuple[int, int]] = set()
+    found: dict[tuple[int, int], Request] = {}
     for session in [None, *sessions]:
       media = as_tuple(session)
       if sum(s.num_slow for s in media) > self._slow_length:
@@ -211,12 +228,9 @@ class Slots:
       longest = min(room, longest_text or room)
       for length in sorted({bucket(n, LEAST_TEXT) for n in range(1, longest + 1)}):
         shape = (0 if padded is None else padded.fast.shape[1], length)
-        if shape not in done:
-          done.add(shape)
-          ids = [0] * min(length, longest) + [IMAGE_TOKEN] * len(media)
-          self._fill(0, Request(ids, session, 1), make_sampling(1))
-    for rows in self._sizes:
-      self._advance(1, rows)
+        ids = [0] * min(length, longest) + [IMAGE_TOKEN] * len(media)
+        found.setdefault(shape, Request(ids, session, 1))
+    return list(found.values())
 
   def _empty(self) -> tuple[Decoding, Visual]:
     """Slots that nothing stands in."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import uvicorn
 
 from slowfast_jax.checkpoints.open import load_checkpoint
+from slowfast_jax.cli.progress import Progress
 from slowfast_jax.errors import UserError
 from slowfast_jax.generate.engine import Engine
 from slowfast_jax.generate.sessions import SessionStore
@@ -109,8 +110,8 @@ def build_service(engine: Engine, options: Options, stack: contextlib.ExitStack)
   slots = Slots(
     engine, options.slots, text_length=context, slow_length=options.slow_tokens or num_slow
   )
-  print("Compiling ...", flush=True)
-  slots.warm_up()
+  with Progress("Compiling", "programs") as progress:
+    slots.warm_up(progress=progress)
   video, vision = export.video, export.model.vision
   spec = FrameSpec(
     vision.image_size,

@@ -128,10 +128,10 @@ def test_errors_are_those_of_the_client(client):
     ask(client, [user(text("Hi"))], n=2)
 
 
-def test_health_and_metrics(server, client):
+def test_health_and_metrics(server, client, files):
   assert httpx.get(f"{server.url}/healthz").json() == {"status": "ok", "model": "tiny"}
   before = server.metric("tokens_total")
-  ask(client, [user(text(QUESTION))])
+  ask(client, [user(part(files.video), text(QUESTION))])
   assert server.metric("tokens_total") > before
   assert server.metric("first_token_seconds_count") > 0
   assert server.metric("encode_seconds_count") > 0
