@@ -131,7 +131,7 @@ def test_errors_are_those_of_the_client(client):
 def test_health_and_metrics(server, client, files):
   assert httpx.get(f"{server.url}/healthz").json() == {"status": "ok", "model": "tiny"}
   before = server.metric("tokens_total")
-  ask(client, [user(part(files.video), text(QUESTION))])
+  ask(client, [user(part(files.clips / "a.mp4"), text(QUESTION))])
   assert server.metric("tokens_total") > before
   assert server.metric("first_token_seconds_count") > 0
   assert server.metric("encode_seconds_count") > 0
