@@ -58,12 +58,13 @@ class Cost:
   """Of one run of a program, on one device.
 
   Attributes:
-    flops: of matrix products and convolutions, those inside of kernels too.
+    flops: of matrix products and convolutions, those inside of kernels too. As in model FLOPs,
+      every pair of positions counts, also those that a causal mask hides.
     cycles: the compiler's estimate.
     cycles_by_part: the same, by what the instructions do.
     collectives: what is exchanged.
     kernels: calls of hand-written kernels, by name.
-    kernel_flops: FLOPs of each kernel's calls; the compiler estimates no cycles of them.
+    kernel_flops: what each kernel's calls run of them; the compiler estimates no cycles of it.
     largest: shapes of the largest arrays that are written, the largest first.
   """
 
@@ -97,7 +98,7 @@ def cost_of(module: Module, mesh: dict[str, int]) -> Cost:
       arrays |= {array: bytes_of(array) for array in one.arrays}
     if name := kernel_name(one):
       kernels[name] += times
-      in_kernels[name] += times * flops_of(item)
+      in_kernels[name] += times * flops_of(item) * _share_that_runs(one, item)
     kind = _kind(one)
     if kind and not _repeated(one, seen):
       _add(exchanged, kind, item, mesh)
@@ -184,7 +185,7 @@ def _number(text: str, name: str) -> int:
 
 
 def _splash(one: Instruction, item: Executed) -> float:
-  """Of the blocks that run: a causal mask hides those of later keys."""
+  """Every pair of positions counts."""
   match = re.search(r"splash_m[hq]a_(fwd|dkv)", one.name + one.source)
   shapes = [item.scope[name].arrays[0] for name in one.operands if name in item.scope]
   # Queries, keys and values are the operands with the most elements.
@@ -196,10 +197,17 @@ def _splash(one: Instruction, item: Executed) -> float:
   head, length = sorted(keys[-2:])
   # The matrix unit is 128 wide: a smaller head takes as long.
   padded = math.prod(queries) // head * max(head, 128)
+  return 2.0 * _SPLASH[match[1]] * padded * length
+
+
+def _share_that_runs(one: Instruction, item: Executed) -> float:
+  """Of a kernel's blocks: splash attention skips those of later keys under a causal mask."""
+  if "splash_m" not in one.name + one.source or CAUSAL not in one.source:
+    return 1.0
+  shapes = [item.scope[name].arrays[0] for name in one.operands if name in item.scope]
   # What to load and what the mask says, by block of queries and of keys.
   blocks = max((shape[-1] for dtype, shape in shapes if dtype == "s8"), default=1)
-  share = (blocks + 1) / (2 * blocks) if CAUSAL in one.source else 1.0
-  return 2.0 * _SPLASH[match[1]] * padded * length * share
+  return (blocks + 1) / (2 * blocks)
 
 
 def _cycles(one: Instruction) -> int:

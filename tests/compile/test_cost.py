@@ -60,7 +60,9 @@ ENTRY %main (m: s8[1,4,4], q: bf16[28,4096,128]) -> bf16[28,4096,128] {{
   %splash_mha_fwd.1 = bf16[28,4096,128] custom-call(%m, %m, %q, %q, %q), custom_call_target="tpu_custom_call", metadata={{op_name="jit(step)/{mask}/splash"}}
 }}
 """  # noqa: E501
-  assert cost_of(parse(text), MESH).flops == share * 2 * 2 * 28 * 4096**2 * 128
+  cost, pairs = cost_of(parse(text), MESH), 2 * 2 * 28 * 4096**2 * 128
+  assert cost.flops == pairs
+  assert sum(cost.kernel_flops.values()) == share * pairs
 
 
 def test_collectives_are_told_by_axis_and_bytes():
