@@ -117,14 +117,14 @@ class Engine:
     return 1 if self._mesh is None else self._mesh.size
 
   @functools.cached_property
-  def _by_layer(self) -> bool:
+  def by_layer(self) -> bool:
     """Whether it decodes with the decoder's layers apart, see `models.apart`: on one processor."""
     places = {device for x in jax.tree.leaves(self.params) for device in x.devices()}
     return len(places) == 1 and places.pop().platform == "cpu"
 
   @functools.cached_property
   def _decode_params(self) -> Any:
-    return programs.with_layers_apart(self.params) if self._by_layer else self.params
+    return programs.with_layers_apart(self.params) if self.by_layer else self.params
 
   def compiled(
     self,
@@ -456,7 +456,7 @@ class Engine:
     )
     if not decode_cross_attention:
       visual = dataclasses.replace(visual, kv=None)
-    if self._by_layer:  # Once for all calls that follow.
+    if self.by_layer:  # Once for all calls that follow.
       state = dataclasses.replace(state, cache=_flat(state.cache))
       if isinstance(visual.kv, SlowKV):
         layers = SlowLayers(*(views(x).layers for x in (visual.kv.k, visual.kv.v)))

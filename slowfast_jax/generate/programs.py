@@ -201,14 +201,8 @@ def decode(
   stop_ids: Int[Array, " stops"],
 ) -> Decoding:
   """Takes up to `steps` new tokens of every row that has not stopped or reached its limit."""
-  if model.decoder.is_apart and isinstance(state.cache, KVCache):
-    state = dataclasses.replace(state, cache=FlatCache.of(state.cache))
-    if isinstance(visual.kv, SlowKV):
-      layers = SlowLayers(tuple(visual.kv.k), tuple(visual.kv.v))
-      visual = dataclasses.replace(visual, kv=layers)
-    done = decode(model, state, visual, sampling, limits, steps, stop_ids)
-    assert isinstance(done.cache, FlatCache)
-    return dataclasses.replace(done, cache=done.cache.stacked())
+  if isinstance(state.cache, FlatCache):
+    state = dataclasses.replace(state, cache=state.cache.entering_loop())
 
   def active(state: Decoding) -> Bool[Array, " B"]:
     return ~state.stopped & (state.counts < limits)
@@ -226,7 +220,10 @@ def decode(
   def more(carry: tuple[Array, Decoding]) -> Bool[Array, ""]:
     return (carry[0] < steps) & jnp.any(active(carry[1]))
 
-  return jax.lax.while_loop(more, body, (jnp.int32(0), state))[1]
+  done = jax.lax.while_loop(more, body, (jnp.int32(0), state))[1]
+  if isinstance(done.cache, FlatCache):
+    done = dataclasses.replace(done, cache=done.cache.leaving_loop())
+  return done
 
 
 def decode_rows(
@@ -249,12 +246,17 @@ def decode_rows(
   def back(axis: int, old: Any, new: Any) -> Any:
     return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, 0, axis), old, new)
 
-  by_row = [getattr(state, name) for name in _BY_ROW]
-  part = Decoding(head(1, state.cache), *head(0, by_row))
-  seen = Visual(head(0, visual.fast), head(1, visual.kv), head(0, visual.num_slow))
+  by_row, axis = [getattr(state, name) for name in _BY_ROW], rows_axis(state)
+  part = Decoding(head(axis, state.cache), *head(0, by_row))
+  seen = Visual(head(0, visual.fast), head(axis, visual.kv), head(0, visual.num_slow))
   done = decode(model, part, seen, head(0, sampling), limits[:rows], steps, stop_ids)
   new = [getattr(done, name) for name in _BY_ROW]
-  return Decoding(back(1, state.cache, done.cache), *back(0, by_row, new))
+  return Decoding(back(axis, state.cache, done.cache), *back(0, by_row, new))
+
+
+def rows_axis(state: Decoding) -> int:
+  """The axis of the rows in caches; before it are the layers, where they are one array."""
+  return 0 if isinstance(state.cache, FlatCache) else 1
 
 
 def is_stop(token: Int[Array, " B"], stop_ids: Int[Array, " stops"]) -> Bool[Array, " B"]:
@@ -274,13 +276,16 @@ def insert(
 
     return put
 
-  cache = jax.tree.map(at(1), state.cache, row.cache)
+  axis, new = rows_axis(state), row.cache
+  if isinstance(state.cache, FlatCache) and isinstance(new, KVCache):
+    new = FlatCache.of(new)
+  cache = jax.tree.map(at(axis), state.cache, new)
   rest = [at(0)(getattr(state, name), getattr(row, name)) for name in _BY_ROW]
   kv = visual.kv
   if kv is not None and media.kv is not None:
     length = kv.num_slots
     fitted = jax.tree.map(lambda array: fit(array, 2, length), media.kv)
-    kv = jax.tree.map(at(1), kv, fitted)
+    kv = jax.tree.map(at(axis), kv, SlowLayers.of(fitted) if isinstance(kv, SlowLayers) else fitted)
   num_slow = at(0)(visual.num_slow, media.num_slow)
   return Decoding(cache, *rest), Visual(visual.fast, kv, num_slow)
 

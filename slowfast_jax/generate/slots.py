@@ -21,7 +21,8 @@ from slowfast_jax.generate.programs import Decoding, Visual
 from slowfast_jax.generate.prompts import LEAST_TEXT, bucket
 from slowfast_jax.generate.sampling import make_sampling
 from slowfast_jax.generate.sessions import RowMedia, Sessions, as_tuple, fit, join
-from slowfast_jax.models.hybrid import SlowKV
+from slowfast_jax.models.cache import FlatCache, KVCache
+from slowfast_jax.models.hybrid import SlowKV, SlowLayers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,14 +250,18 @@ class Slots:
       shape = (len(engine.export.model.hybrid_layers), count, self._slow_length, *heads)
       return zeros(shape, None, "batch", "slow", "heads")
 
+    stacked = KVCache(cache(), cache())
     state = Decoding(
-      programs.KVCache(cache(), cache()),
+      FlatCache.of(stacked) if engine.by_layer else stacked,
       zeros((count, self._text_length), "batch", dtype=jnp.int32),
       zeros((count,), "batch", dtype=jnp.int32) + 1,
       zeros((count,), "batch", dtype=jnp.int32) + 1,
       zeros((count,), "batch", dtype=jnp.bool_),
     )
-    kv = SlowKV(slow(), slow()) if engine.export.model.hybrid_layers else None
+    kv: SlowKV | SlowLayers | None = None
+    if engine.export.model.hybrid_layers:
+      whole = SlowKV(slow(), slow())
+      kv = SlowLayers.of(whole) if engine.by_layer else whole
     fast = zeros((count, 1, cfg.width), "batch")
     return state, Visual(fast, kv, zeros((count,), "batch", dtype=jnp.int32))
 

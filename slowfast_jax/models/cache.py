@@ -2,6 +2,7 @@
 """Self-attention's keys and values of all positions so far, which a decode step adds to."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -51,31 +52,38 @@ class KVCache:
 class FlatCache:
   """A `KVCache` for a processor, which writes one position of each row at a time.
 
-  Each layer is a matrix, which products take as it is. In any other form XLA for CPU copies all of
+  Each layer is an array that products take as it is. In any other form XLA for CPU copies all of
   it, for the write and for each product.
 
   Attributes:
-    k, v: keys and values of each layer.
-    shape: [B, T, K, H] of a layer.
+    k, v: keys and values of each layer; without the axis of rows inside of a loop over one row.
+    heads: [K, H].
   """
 
-  k: tuple[Float[Array, "BT KH"], ...]
-  v: tuple[Float[Array, "BT KH"], ...]
-  shape: tuple[int, int, int, int] = dataclasses.field(metadata={"static": True})
+  k: tuple[Float[Array, "*B T KH"], ...]
+  v: tuple[Float[Array, "*B T KH"], ...]
+  heads: tuple[int, int] = dataclasses.field(metadata={"static": True})
 
   @classmethod
   def of(cls, cache: KVCache) -> "FlatCache":
-    _, B, T, K, H = cache.k.shape
-    k, v = (tuple(x.reshape(-1, B * T, K * H)) for x in (cache.k, cache.v))
-    return cls(k, v, (B, T, K, H))
+    *axes, K, H = cache.k.shape
+    k, v = (tuple(x.reshape(*axes, K * H)) for x in (cache.k, cache.v))
+    return cls(k, v, (K, H))
 
-  def stacked(self) -> KVCache:
-    """Undoes `of`."""
-    return KVCache(*(jnp.stack(x).reshape(-1, *self.shape) for x in (self.k, self.v)))
+  def entering_loop(self) -> "FlatCache":
+    return self._map(lambda x: x[0]) if len(self.k[0]) == 1 else self
+
+  def leaving_loop(self) -> "FlatCache":
+    """Undoes `entering_loop`."""
+    return self._map(lambda x: x[None]) if self.k[0].ndim == 2 else self
+
+  def _map(self, function: Callable[[Array], Array]) -> "FlatCache":
+    k, v = (tuple(map(function, x)) for x in (self.k, self.v))
+    return FlatCache(k, v, self.heads)
 
   @property
   def num_slots(self) -> int:
-    return self.shape[1]
+    return self.k[0].shape[-2]
 
   @property
   def dtype(self) -> jnp.dtype:
@@ -88,24 +96,24 @@ class FlatCache:
     k: Float[Array, "B 1 K H"],
     v: Float[Array, "B 1 K H"],
   ) -> "FlatCache":
-    """New keys and values of a layer, row by row: for a scatter the matrix would be copied."""
-    B, T, _, _ = self.shape
+    """New keys and values of a layer, row by row: for a scatter all would be copied."""
     i = int(depth)
 
     def put(layers: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
-      flat, lines = layers[i], new.reshape(B, 1, -1).astype(self.dtype)
-      for row in range(B):
-        flat = jax.lax.dynamic_update_slice(flat, lines[row], (row * T + slots[row, 0], 0))
+      flat = layers[i]
+      for row, line in enumerate(new.astype(self.dtype)):
+        start = (row, slots[row, 0], 0)[-flat.ndim :]
+        flat = jax.lax.dynamic_update_slice(flat, line.reshape(*[1] * (flat.ndim - 1), -1), start)
       return (*layers[:i], flat, *layers[i + 1 :])
 
-    return FlatCache(put(self.k, k), put(self.v, v), self.shape)
+    return FlatCache(put(self.k, k), put(self.v, v), self.heads)
 
   def read(
     self, depth: int | Int[Array, ""]
   ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Keys and values of a layer."""
-    i = int(depth)
-    return self.k[i].reshape(self.shape), self.v[i].reshape(self.shape)
+    shape = (-1, self.num_slots, *self.heads)
+    return self.k[int(depth)].reshape(shape), self.v[int(depth)].reshape(shape)
 
 
 def cache_mask(positions: Int[Array, "B T"], num_slots: int) -> Bool[Array, "B 1 T L"]:

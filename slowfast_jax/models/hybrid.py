@@ -78,6 +78,10 @@ class SlowLayers:
   k: tuple[Float[Array, "B S K H"], ...]
   v: tuple[Float[Array, "B S K H"], ...]
 
+  @classmethod
+  def of(cls, kv: SlowKV) -> "SlowLayers":
+    return cls(tuple(kv.k), tuple(kv.v))
+
   @property
   def num_slots(self) -> int:
     return self.k[0].shape[1]

@@ -36,7 +36,10 @@ def test_both_caches_hold_what_is_written():
     for found, expected in zip(flat.read(depth), stacked.read(depth)):
       np.testing.assert_array_equal(found, expected)
   np.testing.assert_array_equal(flat.read(1)[0][0, 5], k[0, 0])
-  np.testing.assert_array_equal(flat.stacked().v, stacked.v)
+  alone = FlatCache.of(KVCache(stacked.k[:, :1], stacked.v[:, :1])).entering_loop()
+  alone = alone.write(2, jnp.array([[7]]), k[:1], v[:1])
+  np.testing.assert_array_equal(alone.read(2)[1][0, 7], v[0, 0])
+  assert jax.tree.leaves(alone.leaving_loop())[0].shape == (1, 8, 8)
 
 
 def test_views_share_the_memory_of_their_stack():
