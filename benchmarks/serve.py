@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add("--clients", type=int, default=64, help="at once (%(default)s)")
   add("--requests", type=int, default=4, help="of each client (%(default)s)")
-  add("--tokens", type=int, default=32, help="of an answer, at most (%(default)s)")
-  add("--slots", type=int, default=16, help="of the server (%(default)s)")
+  add("--tokens", type=int, default=128, help="of an answer, at most (%(default)s)")
+  add("--slots", type=int, default=32, help="of the server (%(default)s)")
   add("--width", type=int, default=512, help="of the random model's decoder (%(default)s)")
   add("--layers", type=int, default=8, help="of the random model's decoder (%(default)s)")
   add("--hostile", type=int, default=1000, help="requests to refuse (%(default)s)")

@@ -5,6 +5,7 @@ And one run of `slowfast demo`, which takes a minute, for all tests that need wh
 """
 
 import dataclasses
+import gc
 import getpass
 import json
 import os
@@ -38,6 +39,10 @@ import pytest
 
 # Sharded tests always run; a program for one device is not slower for it (measured: under 5%).
 jax.config.update("jax_num_cpu_devices", 8)
+
+# What thousands of tests have traced stays. To look through it as often as Python does of itself
+# takes a quarter of the time.
+gc.set_threshold(200_000, 100, 1000)
 
 # `Batch` itself stays unchecked: JAX builds it of shapes, shardings and specs too.
 import slowfast_jax.shapes  # noqa: E402, F401

@@ -72,7 +72,8 @@ def linear(
   """
   if is_int8(kernel):
     return linear_int8(equation, x, kernel, dtype or x.dtype)
-  return keep(_linear(_in_order(equation), x.dtype, dtype or x.dtype, x, kernel), PRODUCT)
+  with jax.named_scope(equation):  # For readers of profiles.
+    return keep(_linear(_in_order(equation), x.dtype, dtype or x.dtype, x, kernel), PRODUCT)
 
 
 @functools.cache
