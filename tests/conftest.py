@@ -40,8 +40,8 @@ import pytest
 # Sharded tests always run; a program for one device is not slower for it (measured: under 5%).
 jax.config.update("jax_num_cpu_devices", 8)
 
-# What thousands of tests have traced stays, so garbage is looked for less often. In one pair of runs
-# that was 45 seconds less of 23 minutes of computing.
+# What thousands of tests have traced stays, so garbage is looked for less often. In one pair of
+# runs that was 45 seconds less of 23 minutes of computing.
 gc.set_threshold(200_000, 100, 1000)
 
 # `Batch` itself stays unchecked: JAX builds it of shapes, shardings and specs too.

@@ -24,14 +24,6 @@ class Apart:
   def __getitem__(self, index: int) -> Array:
     return self.layers[index]
 
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return (len(self.layers), *self.layers[0].shape)
-
-  @property
-  def dtype(self) -> Any:
-    return self.layers[0].dtype
-
   def tree_flatten(self) -> tuple[tuple[Array, ...], None]:
     return self.layers, None
 
