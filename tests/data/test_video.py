@@ -3,6 +3,7 @@
 
 import inspect
 import io
+import os
 import weakref
 
 import av
@@ -149,6 +150,12 @@ def test_every_format_gives_the_chosen_frames(tmp_path, name, spec):
   assert frames.fps == 25
   assert frames.duration == pytest.approx(2.4, abs=2e-3)
   assert (frames.decode_errors, frames.rotation) == (0, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="Linux names the policy.")
+def test_a_written_video_leaves_the_scheduling_of_this_process_alone(tmp_path):
+  write_video(tmp_path / "av1.mp4", VideoSpec(num_frames=2, codec="libsvtav1"))
+  assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 @pytest.mark.parametrize(
