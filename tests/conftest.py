@@ -50,6 +50,11 @@ import slowfast_jax.shapes  # noqa: E402, F401
 jaxtyping.install_import_hook("slowfast_jax", "type_checker.check")
 
 
+def pytest_sessionfinish():
+  """Five more times garbage is looked for then, which is 20 seconds with all that was traced."""
+  gc.freeze()
+
+
 def pytest_configure(config):
   config.addinivalue_line("markers", "slow: takes more than about ten seconds")
   config.addinivalue_line("markers", "torch: compares with PyTorch, from the extra `parity`")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch, ready before any test imports what needs it."""
 
-import jax
 import pytest
 
 try:
@@ -18,14 +17,6 @@ def pytest_collection_modifyitems(items):
   for item in items:
     if "parity" in item.path.parts:
       item.add_marker(pytest.mark.torch)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-  """As in tests/models: compiling is most of the work, so little is optimised."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session", autouse=True)

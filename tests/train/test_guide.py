@@ -27,7 +27,7 @@ def commands():
         yield pytest.param(line, id=f"{name}: {line[:70]}")
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", list(commands()))
 def test_a_command_has_options_that_exist_and_trains_a_model_that_can_be(line, monkeypatch):
   monkeypatch.chdir(ROOT)
   program, verb, *words = shlex.split(line.replace("=STEPS", "=1000"))

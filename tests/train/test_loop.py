@@ -123,13 +123,6 @@ def test_a_run_that_was_killed_and_stopped_ends_as_one_that_was_not(data, tmp_pa
 # --- In this process ---
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def config_of(data, *more):
   """A shallow model, and a rate that stays what it is: one program for most of the tests."""
   same = ("train.steps=3", "optimizer.final_fraction=1.0", "data.read_threads=0")

@@ -29,13 +29,6 @@ FIELDS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
   return tiny_config(write_data(tmp_path_factory.mktemp("data")), *FIELDS)
