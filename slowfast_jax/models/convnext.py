@@ -24,7 +24,7 @@ from slowfast_jax.models.layers import (
   stack,
   unstack,
 )
-from slowfast_jax.models.remat import remat
+from slowfast_jax.models.remat import PRODUCT, keep, remat
 from slowfast_jax.models.vit import CLIP_MEAN, CLIP_STD
 from slowfast_jax.sharding import constrain
 
@@ -107,7 +107,7 @@ class DepthwiseConv(nnx.Module):
     self.bias = make_param(nnx.initializers.zeros, rngs, (width,), ("norm",))
 
   def __call__(self, x: Float[Array, "B y x E"]) -> Float[Array, "B y x E"]:
-    return add_param(depthwise(x, self.kernel[...]), self.bias)
+    return add_param(keep(depthwise(x, self.kernel[...]), PRODUCT), self.bias)
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -38,7 +38,7 @@ from slowfast_jax.models.projector import Projector, projector_depth
 from slowfast_jax.models.remat import remat
 from slowfast_jax.models.vision import VisionConfig, make_vision
 from slowfast_jax.shapes import FAST, Batch
-from slowfast_jax.sharding import constrain
+from slowfast_jax.sharding import constrain, mesh_in_force
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,10 +212,29 @@ class SlowFast(nnx.Module):
     return {depth: reader(i) for i, depth in enumerate(self.cfg.hybrid_layers)}
 
   def __call__(
-    self, batch: Batch, *, dtype: jnp.dtype = jnp.float32, policy: str = "none"
+    self,
+    batch: Batch,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    policy: str = "none",
+    frame_chunk: int = 0,
   ) -> Float[Array, "B T D"]:
-    """Last hidden states of a batch, as training sees them."""
-    return self.forward(batch, self.encode(batch.frames, dtype, policy=policy), policy=policy)
+    """Last hidden states of a batch, as training sees them.
+
+    Args:
+      batch: rows.
+      dtype: what is computed in.
+      policy: what the backward pass keeps of each layer and block, a name of `remat.REMAT`.
+      frame_chunk: frames that a device encodes at a time, see `encode`; 0: all at once. Of a chunk
+        nothing is kept for the backward pass; while that is at it, results of products are.
+    """
+    if frame_chunk:
+      mesh = mesh_in_force()
+      chunk = frame_chunk * (1 if mesh is None else mesh.size)
+      slow = self.encode(batch.frames, dtype, chunk, policy="dots")
+    else:
+      slow = self.encode(batch.frames, dtype, policy=policy)
+    return self.forward(batch, slow, policy=policy)
 
   def forward(
     self, batch: Batch, slow: Float[Array, "B F P D"], *, policy: str = "none"

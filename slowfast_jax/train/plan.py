@@ -73,6 +73,7 @@ class Plan:
       self.optimizer,
       dtype=jnp.dtype(train.dtype),
       remat=train.remat,
+      frame_chunk=train.frame_chunk,
       accumulation=train.accumulation,
       z_loss=train.z_loss,
     )
@@ -183,8 +184,9 @@ def _check_train(c: ml_collections.ConfigDict) -> None:
   for field in ("steps", "log_every", "checkpoint_every", "accumulation"):
     if c.train[field] < 1:
       raise UserError(f"train.{field} must be at least 1, got {c.train[field]}.")
-  if c.train.z_loss < 0:
-    raise UserError(f"train.z_loss must not be negative, got {c.train.z_loss}.")
+  for field in ("frame_chunk", "z_loss"):
+    if c.train[field] < 0:
+      raise UserError(f"train.{field} must not be negative, got {c.train[field]}.")
 
 
 def _check_rows(mesh: Mesh, batch_size: int, accumulation: int) -> None:

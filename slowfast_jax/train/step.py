@@ -53,6 +53,7 @@ def make_train_step(
   *,
   dtype: jnp.dtype,
   remat: str,
+  frame_chunk: int = 0,
   accumulation: int = 1,
   z_loss: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -66,6 +67,7 @@ def make_train_step(
     optimizer_config: who learns, and how.
     dtype: what the model computes in. Parameters, gradients and the optimiser are float32.
     remat: what the backward pass keeps of each layer, a name of `models.remat.REMAT`.
+    frame_chunk: frames that a device encodes at a time, and again in the backward pass; 0: all.
     accumulation: parts of a batch that are computed one after the other; their mean gradient, by
       the weights of the whole batch, is that of the batch.
     z_loss: see `next_token_loss`.
@@ -74,7 +76,7 @@ def make_train_step(
 
   def loss_fn(learning: nnx.State, frozen: nnx.State, batch: Batch, total: Array):
     model = nnx.merge(graphdef, learning, frozen)
-    hidden = model(batch, dtype=dtype, policy=remat)
+    hidden = model(batch, dtype=dtype, policy=remat, frame_chunk=frame_chunk)
     return next_token_loss(
       hidden,
       model.decoder.projection(),

@@ -14,31 +14,34 @@ from tests.models.tiny import ROWS, batch_of, config, geometry_of, random_params
 
 # Layers enough that what is kept of them outweighs all else; the plain ones are one loop.
 CFG = config(vision={"num_layers": 6}, decoder={"num_layers": 8}, hybrid=None)
+# Policies, and frames that are encoded at a time.
+WAYS = {name: (name, 0) for name in REMAT} | {"a frame at a time": ("full", 1)}
 # Programs that run once.
 QUICKLY = {"xla_backend_optimization_level": 0}
 
 
 @pytest.fixture(scope="module")
 def programs():
-  """Temporary bytes, loss and gradients by the name of the policy."""
+  """Temporary bytes, loss and gradients by the name of the way."""
   batch, _ = batch_of(ROWS[:4], geometry_of(CFG))
   graphdef, params = graphdef_of(CFG), random_params(CFG, 0)
   found = {}
-  for policy in REMAT:
+  for way, (policy, chunk) in WAYS.items():
 
-    def loss(params, policy=policy):
-      return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(batch, policy=policy)))
+    def loss(params, policy=policy, chunk=chunk):
+      model = nnx.merge(graphdef, params)
+      return jnp.sum(jnp.sin(model(batch, policy=policy, frame_chunk=chunk)))
 
     program = jax.jit(jax.value_and_grad(loss), compiler_options=QUICKLY)
     compiled = program.lower(params).compile()
-    found[policy] = compiled.memory_analysis().temp_size_in_bytes, *compiled(params)
+    found[way] = compiled.memory_analysis().temp_size_in_bytes, *compiled(params)
   return found
 
 
-@pytest.mark.parametrize("policy", sorted(set(REMAT) - {"none"}))
-def test_loss_and_gradients_are_the_same(programs, policy):
+@pytest.mark.parametrize("way", sorted(set(WAYS) - {"none"}))
+def test_loss_and_gradients_are_the_same(programs, way):
   _, expected_loss, expected = programs["none"]
-  _, loss, gradients = programs[policy]
+  _, loss, gradients = programs[way]
   np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
 
   # Some are sums of which all terms cancel, as those of the keys' biases: what is left is rounding.
@@ -51,9 +54,10 @@ def test_loss_and_gradients_are_the_same(programs, policy):
 
 
 def test_who_keeps_less_needs_less_memory(programs):
-  memory = {policy: found[0] for policy, found in programs.items()}
+  memory = {way: found[0] for way, found in programs.items()}
   assert memory["full"] < memory["minimal"] < memory["dots"] < memory["none"]
   assert memory["full"] < 0.6 * memory["none"]
+  assert memory["a frame at a time"] < memory["full"]
 
 
 def test_an_unknown_policy_is_named():

@@ -92,6 +92,7 @@ def test_optimizer_config_takes_its_length_from_the_steps(data):
     ("train.dtype=float16", "train.dtype must be one of"),
     ("train.remat=all", "train.remat must be one of .*'offload', 'full'.*, got 'all'"),
     ("train.z_loss=-1", "train.z_loss must not be negative, got -1.0"),
+    ("train.frame_chunk=-1", "train.frame_chunk must not be negative, got -1"),
     ("train.accumulation=0", "train.accumulation must be at least 1, got 0"),
     ("train.accumulation=2", "mesh.data x mesh.fsdp x train.accumulation = 16, got 8"),
     ("optimizer.name=sgd", "optimizer.name must be one of .*, got 'sgd'"),
