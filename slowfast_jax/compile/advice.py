@@ -15,7 +15,9 @@ import ml_collections
 from slowfast_jax.compile.programs import Request, bytes_of, programs_of
 from slowfast_jax.compile.topology import GIB
 from slowfast_jax.errors import UserError
+from slowfast_jax.models.convnext import DOWNSAMPLE_STRIDE, MLP_RATIO, STEM_STRIDE
 from slowfast_jax.models.remat import REMAT
+from slowfast_jax.models.vision import VisionConfig
 from slowfast_jax.models.vit import ViTConfig
 from slowfast_jax.train.optimizer import split_frozen
 from slowfast_jax.train.plan import Plan, make_plan, model_config
@@ -72,6 +74,10 @@ def _changes(config: ml_collections.ConfigDict, devices: list) -> list[Advice]:
   for policy in stricter:
     frees = kept - kept_bytes(make_plan(_changed(c, "train", {"remat": policy}), devices))
     found.append(Advice(f"--config.train.remat={policy}", frees))
+  if c.train.frame_chunk != 1:
+    chunk = c.train.frame_chunk // 2 or 4
+    after = kept_bytes(make_plan(_changed(c, "train", {"frame_chunk": chunk}), devices))
+    found.append(Advice(f"--config.train.frame_chunk={chunk}", kept - after))
   if rows // c.train.accumulation > 1:
     twice = 2 * c.train.accumulation
     found.append(Advice(f"--config.train.accumulation={twice}", kept / 2))
@@ -161,12 +167,30 @@ def kept_bytes(plan: Plan) -> float:
   queries = decoder.num_heads * decoder.head_dim
   one = _kept(decoder.width, heads, queries, 3 * decoder.mlp_width, policy)
   total = c.data.decoder_length * decoder.num_layers * one / mesh["tensor"]
-  vision = model.vision
-  if "vision" in learning and isinstance(vision, ViTConfig):
+  total *= rows
+  if "vision" in learning:
+    frames, chunk = (
+      rows * c.data.num_frames / (mesh["tensor"] * mesh["context"]),
+      c.train.frame_chunk,
+    )
+    if 0 < chunk < frames:
+      frames, policy = chunk, "dots"
+    total += frames * _kept_of_frame(model.vision, policy)
+  return total * size
+
+
+def _kept_of_frame(vision: VisionConfig, policy: str) -> int:
+  """Elements of a frame that all blocks of the encoder keep."""
+  if isinstance(vision, ViTConfig):
     block = _kept(vision.width, 3 * vision.width, vision.width, 2 * vision.mlp_width, policy)
-    tokens = c.data.num_frames * vision.tokens_per_frame * vision.num_blocks
-    total += tokens * block / (mesh["tensor"] * mesh["context"])
-  return rows * total * size
+    return vision.tokens_per_frame * vision.num_blocks * block
+  # Of a block the input; for `dots` the convolution's result and those of the MLP as well.
+  each = {"none": 3 + 5 * MLP_RATIO, "dots": 3 + MLP_RATIO}.get(policy, 1)
+  stages = enumerate(zip(vision.depths, vision.widths))
+  return sum(
+    depth * (vision.image_size // (STEM_STRIDE * DOWNSAMPLE_STRIDE**i)) ** 2 * width * each
+    for i, (depth, width) in stages
+  )
 
 
 def _kept(width: int, heads: int, queries: int, mlp: int, policy: str) -> int:
