@@ -33,10 +33,8 @@ from slowfast_jax.generate.sessions import (
   stack_rows,
 )
 from slowfast_jax.generate.text import TextPieces
-from slowfast_jax.models.apart import views
-from slowfast_jax.models.cache import FlatCache
 from slowfast_jax.models.compressor import pooling_matrix
-from slowfast_jax.models.hybrid import SlowKV, SlowLayers
+from slowfast_jax.models.hybrid import SlowKV
 from slowfast_jax.models.slowfast import graphdef_of
 from slowfast_jax.shapes import FAST
 from slowfast_jax.sharding import sharding_of, state_shardings
@@ -47,9 +45,6 @@ STREAM_STEPS = 4
 SCORED_POSITIONS = 512
 # Frames that each device encodes at once: enough to fill it, and a large ConvNeXt needs 4 GB.
 ENCODED_FRAMES = 16
-
-
-_flat = jax.jit(FlatCache.of)
 
 
 @dataclasses.dataclass
@@ -94,8 +89,10 @@ class Engine:
     self._encode = self.compiled(programs.encode_video, static=("dtype", "frame_chunk"))
     self._forward = self.compiled(programs.forward)
     self._scores = self.compiled(programs.scores, static=("count",))
-    self.prefill = self.compiled(programs.prefill, static=("max_new_tokens", "cache_length"))
-    self._decode = self.compiled(programs.decode, donate=("state",), decodes=True)
+    self.prefill = self.compiled(
+      programs.prefill, static=("max_new_tokens", "cache_length"), apart=True
+    )
+    self._decode = self.compiled(programs.decode, donate=("state",), apart=True)
     self._attend = self.compiled(attend, static=("tokens_per_frame",))
 
   @property
@@ -118,12 +115,12 @@ class Engine:
 
   @functools.cached_property
   def by_layer(self) -> bool:
-    """Whether it decodes with the decoder's layers apart, see `models.apart`: on one processor."""
+    """Whether it answers with the decoder's layers apart, see `models.apart`: on one processor."""
     places = {device for x in jax.tree.leaves(self.params) for device in x.devices()}
     return len(places) == 1 and places.pop().platform == "cpu"
 
   @functools.cached_property
-  def _decode_params(self) -> Any:
+  def _params_apart(self) -> Any:
     return programs.with_layers_apart(self.params) if self.by_layer else self.params
 
   def compiled(
@@ -132,14 +129,16 @@ class Engine:
     static: tuple[str, ...] = (),
     donate: tuple[str, ...] = (),
     out_shardings: Any = None,
-    decodes: bool = False,
+    apart: bool = False,
   ) -> Callable:
     """A program (model, ...) as a function of its keywords, compiled for each bucket it meets.
 
-    One that decodes may get a model whose layers are apart.
+    Args:
+      program, static, donate, out_shardings: as of `programs.jit_program`.
+      apart: the model may have its layers apart; a loop over them would copy each.
     """
     jitted = programs.jit_program(self._graphdef, program, static, donate, out_shardings)
-    bound = functools.partial(jitted, self._decode_params if decodes else self.params)
+    bound = functools.partial(jitted, self._params_apart if apart else self.params)
     if self._mesh is None:
       return bound
 
@@ -457,10 +456,7 @@ class Engine:
     if not decode_cross_attention:
       visual = dataclasses.replace(visual, kv=None)
     if self.by_layer:  # Once for all calls that follow.
-      state = dataclasses.replace(state, cache=_flat(state.cache))
-      if isinstance(visual.kv, SlowKV):
-        layers = SlowLayers(*(views(x).layers for x in (visual.kv.k, visual.kv.v)))
-        visual = dataclasses.replace(visual, kv=layers)
+      state, visual = programs.apart(state, visual)
     return _Run(state, visual, sampling, len(prompts), np.zeros(rows, np.bool_))
 
   def _pieces(

@@ -2,6 +2,7 @@
 """What is compiled, as pure functions: encode a video, score prompts, prefill and decode."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -278,16 +279,32 @@ def insert(
 
   axis, new = rows_axis(state), row.cache
   if isinstance(state.cache, FlatCache) and isinstance(new, KVCache):
-    new = FlatCache.of(new)
+    new = FlatCache.of(new, turned=state.cache.turned)
   cache = jax.tree.map(at(axis), state.cache, new)
   rest = [at(0)(getattr(state, name), getattr(row, name)) for name in _BY_ROW]
   kv = visual.kv
   if kv is not None and media.kv is not None:
     length = kv.num_slots
     fitted = jax.tree.map(lambda array: fit(array, 2, length), media.kv)
-    kv = jax.tree.map(at(axis), kv, SlowLayers.of(fitted) if isinstance(kv, SlowLayers) else fitted)
+    if isinstance(kv, SlowLayers):
+      fitted = SlowLayers.of(fitted, turned=kv.turned)
+    kv = jax.tree.map(at(axis), kv, fitted)
   num_slow = at(0)(visual.num_slow, media.num_slow)
   return Decoding(cache, *rest), Visual(visual.fast, kv, num_slow)
+
+
+_flat = jax.jit(FlatCache.of, static_argnames="turned")
+_turned = jax.jit(functools.partial(SlowLayers.of, turned=True))
+
+
+def apart(state: Decoding, visual: Visual) -> tuple[Decoding, Visual]:
+  """A batch that was prefilled, in the forms that a processor decodes best."""
+  rows, kv = len(state.lengths), visual.kv
+  if isinstance(state.cache, KVCache):
+    state = dataclasses.replace(state, cache=_flat(state.cache, turned=rows > 1))
+  if isinstance(kv, SlowKV):
+    kv = _turned(kv) if rows > 1 else SlowLayers(views(kv.k).layers, views(kv.v).layers)
+  return state, dataclasses.replace(visual, kv=kv)
 
 
 def with_layers_apart(params: nnx.State) -> nnx.State:

@@ -102,7 +102,7 @@ class Slots:
       static=("rows",),
       donate=("state",),
       out_shardings=shardings[: state_tree.num_leaves],
-      decodes=True,
+      apart=True,
     )
     inserted = jax.jit(insert, donate_argnames=("state", "visual"), out_shardings=shardings)
     self._decode = lambda **arguments: state_tree.unflatten(decoded(**arguments))
@@ -252,7 +252,7 @@ class Slots:
 
     stacked = KVCache(cache(), cache())
     state = Decoding(
-      FlatCache.of(stacked) if engine.by_layer else stacked,
+      FlatCache.of(stacked, turned=count > 1) if engine.by_layer else stacked,
       zeros((count, self._text_length), "batch", dtype=jnp.int32),
       zeros((count,), "batch", dtype=jnp.int32) + 1,
       zeros((count,), "batch", dtype=jnp.int32) + 1,
@@ -261,7 +261,7 @@ class Slots:
     kv: SlowKV | SlowLayers | None = None
     if engine.export.model.hybrid_layers:
       whole = SlowKV(slow(), slow())
-      kv = SlowLayers.of(whole) if engine.by_layer else whole
+      kv = SlowLayers.of(whole, turned=count > 1) if engine.by_layer else whole
     fast = zeros((count, 1, cfg.width), "batch")
     return state, Visual(fast, kv, zeros((count,), "batch", dtype=jnp.int32))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stacks whose layers are arrays of their own, for a processor that decodes token by token.
+"""Stacks whose layers are arrays of their own, for a processor.
 
 XLA for CPU copies a layer's kernels out of their stack before it multiplies, which takes three
 times as long as the product with one new token. Taken apart nothing is copied, and as views of the

@@ -56,22 +56,27 @@ class FlatCache:
   it, for the write and for each product.
 
   Attributes:
-    k, v: keys and values of each layer; without the axis of rows inside of a loop over one row.
+    k, v: keys and values of each layer, [B, T, KH]; [T, KH] inside of a loop over one row.
     heads: [K, H].
+    turned: whether a layer is [B, K, H, T], which products take of several rows.
   """
 
-  k: tuple[Float[Array, "*B T KH"], ...]
-  v: tuple[Float[Array, "*B T KH"], ...]
+  k: tuple[Float[Array, "..."], ...]
+  v: tuple[Float[Array, "..."], ...]
   heads: tuple[int, int] = dataclasses.field(metadata={"static": True})
+  turned: bool = dataclasses.field(default=False, metadata={"static": True})
 
   @classmethod
-  def of(cls, cache: KVCache) -> "FlatCache":
+  def of(cls, cache: KVCache, *, turned: bool) -> "FlatCache":
     *axes, K, H = cache.k.shape
-    k, v = (tuple(x.reshape(*axes, K * H)) for x in (cache.k, cache.v))
-    return cls(k, v, (K, H))
+    if turned:
+      k, v = (tuple(jnp.moveaxis(x, 2, 4)) for x in (cache.k, cache.v))
+    else:
+      k, v = (tuple(x.reshape(*axes, K * H)) for x in (cache.k, cache.v))
+    return cls(k, v, (K, H), turned)
 
   def entering_loop(self) -> "FlatCache":
-    return self._map(lambda x: x[0]) if len(self.k[0]) == 1 else self
+    return self._map(lambda x: x[0]) if len(self.k[0]) == 1 and not self.turned else self
 
   def leaving_loop(self) -> "FlatCache":
     """Undoes `entering_loop`."""
@@ -79,11 +84,11 @@ class FlatCache:
 
   def _map(self, function: Callable[[Array], Array]) -> "FlatCache":
     k, v = (tuple(map(function, x)) for x in (self.k, self.v))
-    return FlatCache(k, v, self.heads)
+    return dataclasses.replace(self, k=k, v=v)
 
   @property
   def num_slots(self) -> int:
-    return self.k[0].shape[-2]
+    return self.k[0].shape[-1 if self.turned else -2]
 
   @property
   def dtype(self) -> jnp.dtype:
@@ -101,19 +106,28 @@ class FlatCache:
 
     def put(layers: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
       flat = layers[i]
+      start: tuple
+      shape: tuple[int, ...]
       for row, line in enumerate(new.astype(self.dtype)):
-        start = (row, slots[row, 0], 0)[-flat.ndim :]
-        flat = jax.lax.dynamic_update_slice(flat, line.reshape(*[1] * (flat.ndim - 1), -1), start)
+        slot = slots[row, 0]
+        if self.turned:
+          start, shape = (row, 0, 0, slot), (1, *self.heads, 1)
+        else:
+          start, shape = (row, slot, 0)[-flat.ndim :], (*[1] * (flat.ndim - 1), -1)
+        flat = jax.lax.dynamic_update_slice(flat, line.reshape(shape), start)
       return (*layers[:i], flat, *layers[i + 1 :])
 
-    return FlatCache(put(self.k, k), put(self.v, v), self.heads)
+    return dataclasses.replace(self, k=put(self.k, k), v=put(self.v, v))
 
   def read(
     self, depth: int | Int[Array, ""]
   ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Keys and values of a layer."""
+    k, v = self.k[int(depth)], self.v[int(depth)]
+    if self.turned:
+      return jnp.moveaxis(k, 3, 1), jnp.moveaxis(v, 3, 1)
     shape = (-1, self.num_slots, *self.heads)
-    return self.k[int(depth)].reshape(shape), self.v[int(depth)].reshape(shape)
+    return k.reshape(shape), v.reshape(shape)
 
 
 def cache_mask(positions: Int[Array, "B T"], num_slots: int) -> Bool[Array, "B 1 T L"]:

@@ -69,22 +69,40 @@ class SlowKV:
   def num_slots(self) -> int:
     return self.k.shape[2]
 
+  def read(self, i: int) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Keys and values of the hybrid layer i."""
+    return self.k[i], self.v[i]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SlowLayers:
-  """A `SlowKV` whose layers are arrays of their own, see `apart`."""
+  """A `SlowKV` whose layers are arrays of their own, see `apart`.
 
-  k: tuple[Float[Array, "B S K H"], ...]
-  v: tuple[Float[Array, "B S K H"], ...]
+  Attributes:
+    k, v: keys and values of each layer.
+    turned: whether keys are [B, K, H, S] and values [B, K, S, H]: so XLA for CPU takes them in
+      products of several rows; in any other form it copies them at every step.
+  """
+
+  k: tuple[Float[Array, "B ..."], ...]
+  v: tuple[Float[Array, "B ..."], ...]
+  turned: bool = dataclasses.field(default=False, metadata={"static": True})
 
   @classmethod
-  def of(cls, kv: SlowKV) -> "SlowLayers":
+  def of(cls, kv: SlowKV, *, turned: bool) -> "SlowLayers":
+    if turned:
+      return cls(tuple(jnp.moveaxis(kv.k, 2, 4)), tuple(kv.v.swapaxes(2, 3)), turned)
     return cls(tuple(kv.k), tuple(kv.v))
 
   @property
   def num_slots(self) -> int:
-    return self.k[0].shape[1]
+    return self.k[0].shape[-1 if self.turned else 1]
+
+  def read(self, i: int) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Keys and values of the hybrid layer i."""
+    k, v = self.k[i], self.v[i]
+    return (jnp.moveaxis(k, 3, 1), v.swapaxes(1, 2)) if self.turned else (k, v)
 
 
 @jax.tree_util.register_dataclass

@@ -207,7 +207,7 @@ class SlowFast(nnx.Module):
 
     def reader(i: int) -> ReadSlow:
       adapter = layer_of(adapters, i)
-      return lambda q, o: adapter(q, o, (kv.k[i], kv.v[i]), query)
+      return lambda q, o: adapter(q, o, kv.read(i), query)
 
     return {depth: reader(i) for i, depth in enumerate(self.cfg.hybrid_layers)}
 

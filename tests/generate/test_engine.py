@@ -50,8 +50,8 @@ def cached_logits(engine, prompts, sessions, replies, cross=True):
   tokens[: len(replies)] = replies
   if not cross:
     visual = dataclasses.replace(visual, kv=None)
-  state = dataclasses.replace(state, cache=FlatCache.of(state.cache))
-  step = engine.compiled(programs.decode_logits, decodes=True)
+  state = dataclasses.replace(state, cache=FlatCache.of(state.cache, turned=len(state.lengths) > 1))
+  step = engine.compiled(programs.decode_logits, apart=True)
   found = []
   for i in range(1, NEW):
     state = dataclasses.replace(state, tokens=jnp.asarray(tokens), counts=jnp.full(rows, i))
