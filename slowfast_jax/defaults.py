@@ -71,6 +71,7 @@ def _train() -> ml_collections.ConfigDict:
   c.dtype = "float32"
   c.remat = "none"  # Or, for less memory: dots, minimal, offload, full.
   c.frame_chunk = 0  # Frames that a device encodes at a time, and again backward; 0: all.
+  c.compiler_options = ()  # Of XLA, for the step: (name, value).
   c.accumulation = 1  # Parts of a batch, computed one after the other.
   c.z_loss = 0.0  # Weight of the squared log-partition.
   c.log_every = 10

@@ -258,7 +258,9 @@ def _add(
   # A fused reduce-scatter is written as an all-reduce whose result is cut.
   if kind == "all-reduce" and item.fused and "reduce-scatter" in item.fused.attributes:
     kind, sent = "reduce-scatter", sent / 2
-  hidden = one.op.endswith("-start") or (item.fused is not None and "async" in item.fused.name)
+  # A part of a fusion beside which the exchange runs, or what SparseCores do.
+  beside = item.fused is not None and ("async" in item.fused.name or item.fused.op == "async-start")
+  hidden = one.op.endswith("-start") or beside
   sums = exchanged.setdefault((kind, axes_of(group, mesh)), [0, 0.0, 0.0])
   sums[0] += item.times
   sums[1] += item.times * sent

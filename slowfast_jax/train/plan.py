@@ -184,6 +184,11 @@ def _check_train(c: ml_collections.ConfigDict) -> None:
   for field in ("steps", "log_every", "checkpoint_every", "accumulation"):
     if c.train[field] < 1:
       raise UserError(f"train.{field} must be at least 1, got {c.train[field]}.")
+  if any(len(option) != 2 for option in c.train.compiler_options):
+    raise UserError(
+      "train.compiler_options must be pairs of a name and a value, "
+      f"got {tuple(c.train.compiler_options)}."
+    )
   for field in ("frame_chunk", "z_loss"):
     if c.train[field] < 0:
       raise UserError(f"train.{field} must not be negative, got {c.train[field]}.")

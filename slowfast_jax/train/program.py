@@ -24,6 +24,18 @@ from slowfast_jax.train.setup import Setup, place_batch
 from slowfast_jax.train.step import TrainState
 
 Say = Callable[[str], Any]
+
+# Options of the compiler by the start of a device's kind. Left to itself it stops a v6e for every
+# exchange; its SparseCores can run them beside the products.
+_OPTIONS = {
+  "TPU v6": {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
+    "xla_tpu_use_tc_device_shape_on_sc": True,
+  }
+}
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -60,6 +72,7 @@ def compile_step(setup: Plan, state: TrainState, batch: Batch, say: Say) -> Step
     instrument(setup.train_step(), schedule(setup.optimizer)),
     out_shardings=(shardings, NamedSharding(setup.mesh, PartitionSpec())),
     donate_argnums=0,
+    compiler_options=compiler_options(setup),
   )
   say("compiling")
   began = time.monotonic()
@@ -67,6 +80,13 @@ def compile_step(setup: Plan, state: TrainState, batch: Batch, say: Say) -> Step
     compiled = jitted.lower(state, batch).compile()
   say(f"compiled in {time.monotonic() - began:.1f} s")
   return compiled
+
+
+def compiler_options(plan: Plan) -> dict[str, Any]:
+  """Those of the devices, and those of train.compiler_options, which win."""
+  kind = plan.mesh.devices.flat[0].device_kind
+  known = next((options for name, options in _OPTIONS.items() if kind.startswith(name)), {})
+  return known | dict(plan.config.train.compiler_options)
 
 
 def step_flops(setup: Plan, batch: Batch) -> float:

@@ -16,8 +16,8 @@ from slowfast_jax.train.step import TrainState
 # Fields that a resumed run may change. Of the data, what they are counts, not where they lie.
 MAY_CHANGE = (
   "train.steps", "train.log_every", "train.checkpoint_every", "train.keep", "train.remat",
-  "train.frame_chunk", "train.max_skipped", "train.keep_best", "train.trackers", "train.profile",
-  "train.hang_seconds", "eval.", "mesh.",
+  "train.frame_chunk", "train.compiler_options", "train.max_skipped", "train.keep_best",
+  "train.trackers", "train.profile", "train.hang_seconds", "eval.", "mesh.",
   "data.records", "data.mixture", "data.tokenizer", "data.read_threads", "data.workers",
   "data.max_failure_rate",
 )  # fmt: skip

@@ -3,6 +3,7 @@
 
 import dataclasses
 import logging
+import types
 
 import jax
 import numpy as np
@@ -14,7 +15,8 @@ from slowfast_jax.errors import UserError
 from slowfast_jax.models.presets import PRESETS
 from slowfast_jax.models.slowfast import CompressorConfig
 from slowfast_jax.sharding import make_mesh
-from slowfast_jax.train.plan import geometry_of, model_config, optimizer_config
+from slowfast_jax.train.plan import geometry_of, make_plan, model_config, optimizer_config
+from slowfast_jax.train.program import compiler_options
 from slowfast_jax.train.setup import (
   check_batch,
   initial_state,
@@ -78,6 +80,17 @@ def test_the_geometry_counts_tokens_as_the_model_makes_them(changes, num_frames,
   assert geometry.query_set == "text-only"
 
 
+def test_the_compiler_is_told_what_the_chips_can_and_what_the_config_says(data):
+  name = "xla_tpu_enable_sparse_core_collective_offload_all_gather"
+  plan = make_plan(tiny_config(data, f"train.compiler_options=(('{name}', False), ('xla_b', 1))"))
+  assert compiler_options(plan) == {name: False, "xla_b": 1}
+  mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(device_kind="TPU v6 lite")]))
+  of_v6e = compiler_options(dataclasses.replace(plan, mesh=mesh))
+  assert not of_v6e[name]
+  assert of_v6e["xla_tpu_enable_sparse_core_collective_offload_reduce_scatter"]
+  assert of_v6e["xla_b"] == 1
+
+
 def test_optimizer_config_takes_its_length_from_the_steps(data):
   config = tiny_config(data, "train.steps=77", "optimizer.groups=(('^vision', 0.1), ('x', 2))")
   got = optimizer_config(config)
@@ -92,6 +105,7 @@ def test_optimizer_config_takes_its_length_from_the_steps(data):
     ("train.dtype=float16", "train.dtype must be one of"),
     ("train.remat=all", "train.remat must be one of .*'offload', 'full'.*, got 'all'"),
     ("train.z_loss=-1", "train.z_loss must not be negative, got -1.0"),
+    ("train.compiler_options=('xla_a',)", "train.compiler_options must be pairs"),
     ("train.frame_chunk=-1", "train.frame_chunk must not be negative, got -1"),
     ("train.accumulation=0", "train.accumulation must be at least 1, got 0"),
     ("train.accumulation=2", "mesh.data x mesh.fsdp x train.accumulation = 16, got 8"),
