@@ -84,8 +84,8 @@ class _Chip:
 CHIPS = {
   "v4": _Chip(14 * MIB, 1024, 1024, 512, 512, 1024, 512, 512),
   "v5e": _Chip(96 * MIB, 4096, 8192, 512, 512, 4096, 512, 512),
-  "v5p": _Chip(48 * MIB, 4096, 4096, 512, 512, 4096, 512, 512),
-  "v6e": _Chip(96 * MIB, 4096, 8192, 512, 512, 4096, 512, 256, wide=True),
+  "v5p": _Chip(60 * MIB, 4096, 4096, 512, 512, 4096, 512, 512),
+  "v6e": _Chip(120 * MIB, 4096, 8192, 512, 512, 4096, 512, 256, wide=True),
 }
 # A chip that the table does not know gets sizes that fit everywhere.
 SMALLEST = CHIPS["v4"]
@@ -153,9 +153,10 @@ def _keys(keys: int, largest: int) -> int:
 def _forward(chip: _Chip, rows: int, keys: int, width: int, itemsize: int) -> ForwardBlocks:
   chunk, row_block = _rows(rows, chip.chunk, ROW_BLOCK)
   largest = chip.many_key_block if keys >= MANY_KEYS else chip.key_block
-  while largest > 256 and _forward_bytes(largest, row_block, width, itemsize) > chip.vmem * 0.8:
+  while largest > 256 and _forward_bytes(largest, row_block, width, itemsize) > chip.vmem * 0.85:
     if largest > 512 or row_block <= chunk:
-      largest //= 2
+      # 8192, 6144, 4096, 3072 and so on.
+      largest = largest * 2 // 3 if largest % 3 == 0 else largest * 3 // 4
     else:
       row_block = round_up(row_block // 2, chunk)
   return ForwardBlocks(_keys(keys, largest), chunk, row_block, chip.strip, chip.vmem)

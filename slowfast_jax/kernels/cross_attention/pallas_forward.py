@@ -7,6 +7,7 @@ scores of block j on the matrix unit while the vector unit exponentiates those o
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -110,6 +111,15 @@ class _Step(NamedTuple):
     if consume:
       refs.total[r], refs.acc[r] = total, acc
 
+  def advance_together(self, chunks):
+    """`advance` of chunks whose tiles are all seen as a whole.
+
+    Without a branch between them the compiler starts one while the last products of the other are
+    still on their way out of the matrix unit.
+    """
+    for r in chunks:
+      self.advance(r, consume=True, produce=True)
+
   def advance_as_needed(self, r, old, new):
     """`advance` for what the tiles of blocks j - 1 and j need."""
     step = functools.partial(self.advance, r)
@@ -164,18 +174,38 @@ def _kernel(
   def kind(r, block):
     return kinds_ref[(b * total_chunks + i * num_chunks + r) * num_blocks + block]
 
-  def chunk_step(r, carry):
+  def kinds(r):
+    """What the tiles of chunk r need: with block j - 1, and with block j."""
     new = jnp.where(j < num_blocks, kind(r, jnp.minimum(j, num_blocks - 1)), HIDDEN)
     old = jnp.where(j > 0, kind(r, jnp.maximum(j - 1, 0)), HIDDEN)
-    step.advance_as_needed(r, old, new)
-    return carry
+    return old, new
 
   pl.when(j == 0)(step.start)
-  jax.lax.fori_loop(0, num_chunks, chunk_step, 0)
+  _for_all_chunks(step, num_chunks, kinds)
 
   @pl.when(j == num_blocks)
   def _finish():
     jax.lax.fori_loop(0, num_chunks, lambda r, _: step.finish(r), None)
+
+
+def _for_all_chunks(step: _Step, num_chunks: int, kinds: Callable):
+  """Every chunk's part of a step, two at a time where nothing is masked or hidden."""
+
+  def one(r, carry):
+    step.advance_as_needed(r, *kinds(r))
+    return carry
+
+  def two(i, carry):
+    pair = (2 * i, 2 * i + 1)
+    interior = functools.reduce(jnp.logical_and, [x == INTERIOR for r in pair for x in kinds(r)])
+    pl.when(interior)(functools.partial(step.advance_together, pair))
+    pl.when(~interior)(lambda: jax.lax.fori_loop(2 * i, 2 * i + 2, one, None))
+    return carry
+
+  if num_chunks > 1:
+    jax.lax.fori_loop(0, num_chunks // 2, two, None)
+  if num_chunks % 2:
+    one(num_chunks - 1, None)
 
 
 def _grid(B: int, KB: int, R: int, W: int, num_blocks: int, blocks: ForwardBlocks, segmented: bool):
