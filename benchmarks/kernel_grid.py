@@ -90,7 +90,7 @@ TITLE = (
 )
 LEGEND = """
 This project's kernels at every shape (28 query heads on 4, of 128).
-share:  least cycles of the matrix unit for its tiles over the bundles of the hot loop. Rows that fill
-        the last 128 count as work here: with few queries less of it is useful. Too high, up to
-        above 1, where the compiler cuts a tile into several basic blocks: the largest is counted.
+share:  least cycles of the matrix unit for its tiles over the bundles of the hot loop. Rows that
+        fill the last 128 count as work here: with few queries less of it is useful. Too high, up
+        to above 1, where the compiler cuts a tile into several basic blocks: the largest counts.
 """
