@@ -32,6 +32,9 @@ os.environ["XLA_FLAGS"] = (
   "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 
+# A hundred processes are started here: each would compile all modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 import filelock
 import jax
 import jaxtyping
