@@ -166,15 +166,11 @@ def kept_bytes(plan: Plan) -> float:
   heads = (decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim
   queries = decoder.num_heads * decoder.head_dim
   one = _kept(decoder.width, heads, queries, 3 * decoder.mlp_width, policy)
-  total = c.data.decoder_length * decoder.num_layers * one / mesh["tensor"]
-  total *= rows
+  total = rows * c.data.decoder_length * decoder.num_layers * one / mesh["tensor"]
   if "vision" in learning:
-    frames, chunk = (
-      rows * c.data.num_frames / (mesh["tensor"] * mesh["context"]),
-      c.train.frame_chunk,
-    )
-    if 0 < chunk < frames:
-      frames, policy = chunk, "dots"
+    frames = rows * c.data.num_frames / (mesh["tensor"] * mesh["context"])
+    if 0 < c.train.frame_chunk < frames:
+      frames, policy = c.train.frame_chunk, "dots"
     total += frames * _kept_of_frame(model.vision, policy)
   return total * size
 

@@ -5,9 +5,7 @@ A prompt is prefilled alone, in a bucket of lengths, and copied into a free row 
 Every step then takes a few new tokens of all slots at once.
 """
 
-import concurrent.futures
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -21,7 +19,7 @@ from slowfast_jax.generate import programs
 from slowfast_jax.generate.engine import STREAM_STEPS, Engine
 from slowfast_jax.generate.programs import Decoding, Visual
 from slowfast_jax.generate.prompts import LEAST_TEXT, bucket
-from slowfast_jax.generate.sampling import Sampling, make_sampling
+from slowfast_jax.generate.sampling import make_sampling
 from slowfast_jax.generate.sessions import RowMedia, Sessions, as_tuple, fit, join
 from slowfast_jax.models.cache import FlatCache, KVCache
 from slowfast_jax.models.hybrid import SlowKV, SlowLayers
@@ -156,7 +154,7 @@ class Slots:
     if slot is None:
       raise UserError(f"All {self._count} slots are in use; wait until one is free.")
     sampling = make_sampling(1, request.temperature, request.top_p, request.top_k, request.seed)
-    self._put(slot, *self._prefill(request, sampling))
+    self._fill(slot, request, sampling)
     self._limits[slot] = request.max_new_tokens
     for name in ("temperature", "top_p", "top_k", "seed"):
       getattr(self._sampling, name)[slot] = getattr(sampling, name)[0]
@@ -206,12 +204,9 @@ class Slots:
       raise RuntimeError("Slots must be warmed up before they are used.")
     prompts = self._prompts(longest_text)
     total = len(prompts) + len(self._sizes)
-    # The compiler keeps one core busy with a program, so one program a core.
-    with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, len(prompts))) as pool:
-      filled = pool.map(lambda prompt: self._prefill(prompt, make_sampling(1)), prompts)
-      for done, row in enumerate(filled):
-        progress(done, total)
-        self._put(0, *row)
+    for done, prompt in enumerate(prompts):
+      progress(done, total)
+      self._fill(0, prompt, make_sampling(1))
     for done, rows in enumerate(self._sizes, len(prompts)):
       progress(done, total)
       self._advance(1, rows)
@@ -270,8 +265,8 @@ class Slots:
     fast = zeros((count, 1, cfg.width), "batch")
     return state, Visual(fast, kv, zeros((count,), "batch", dtype=jnp.int32))
 
-  def _prefill(self, request: Request, sampling: Sampling) -> tuple[Decoding, Visual]:
-    """A request as a batch of its own."""
+  def _fill(self, slot: int, request: Request, sampling) -> None:
+    """Prefill, and the copy into the slot."""
     media = self._media(join(as_tuple(request.sessions)))
     prompts, visual = self._engine.build_rows([request.ids], [media], 1)
     rows = len(prompts.real)
@@ -283,12 +278,8 @@ class Slots:
       max_new_tokens=self._text_length,
       cache_length=self._text_length,
     )
-    return row, visual
-
-  def _put(self, slot: int, row: Decoding, media: Visual) -> None:
-    """Copies a batch of one into a slot."""
     self._state, self._visual = self._insert(
-      state=self._state, visual=self._visual, row=row, media=media, slot=np.int32(slot)
+      state=self._state, visual=self._visual, row=row, media=visual, slot=np.int32(slot)
     )
 
   def _media(self, media: RowMedia | None) -> RowMedia | None:

@@ -106,14 +106,10 @@ class FlatCache:
 
     def put(layers: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
       flat = layers[i]
-      start: tuple
-      shape: tuple[int, ...]
       for row, line in enumerate(new.astype(self.dtype)):
         slot = slots[row, 0]
-        if self.turned:
-          start, shape = (row, 0, 0, slot), (1, *self.heads, 1)
-        else:
-          start, shape = (row, slot, 0)[-flat.ndim :], (*[1] * (flat.ndim - 1), -1)
+        start = (row, 0, 0, slot) if self.turned else (row, slot, 0)[-flat.ndim :]
+        shape = (1, *self.heads, 1) if self.turned else (*[1] * (flat.ndim - 1), -1)
         flat = jax.lax.dynamic_update_slice(flat, line.reshape(shape), start)
       return (*layers[:i], flat, *layers[i + 1 :])
 

@@ -24,6 +24,7 @@ from slowfast_jax.train.setup import Setup, place_batch
 from slowfast_jax.train.step import TrainState
 
 Say = Callable[[str], Any]
+Shapes = tuple[tuple[int, ...], ...]
 
 # Options of the compiler by the start of a device's kind. Left to itself it stops a v6e for every
 # exchange; its SparseCores can run them beside the products.
@@ -36,7 +37,6 @@ _OPTIONS = {
     "xla_tpu_use_tc_device_shape_on_sc": True,
   }
 }
-Shapes = tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
