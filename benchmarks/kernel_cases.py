@@ -55,7 +55,7 @@ def ours_backward(blocks=None, **sizes):
 def _ours(shape):
   q, k, _ = shape.arrays()
   fold = Fold.of(q.shape, k.shape)
-  return fold, choose(fold.rows, fold.keys, fold.width, k.dtype.itemsize)
+  return fold, choose(fold, k.dtype.itemsize)
 
 
 def _ours_inputs(shape, fold, sizes, rows):

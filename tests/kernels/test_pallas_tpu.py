@@ -23,11 +23,13 @@ from tests.kernels import oracle
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
 
 
-def small_blocks(rows, key_block=256, chunk=128, row_blocks=1, strip=128, transposed=False):
+def small_blocks(
+  rows, key_block=256, chunk=128, row_blocks=1, strip=128, transposed=False, cores=1
+):
   """Sizes with several blocks, chunks and strips even on small shapes."""
   row_block = block_table.round_up(-(-rows // row_blocks), chunk)
   sizes = (key_block, chunk, row_block, strip, None)
-  return Blocks(ForwardBlocks(*sizes), BackwardBlocks(*sizes, transposed))
+  return Blocks(ForwardBlocks(*sizes, cores), BackwardBlocks(*sizes, transposed))
 
 
 @functools.partial(jax.jit, static_argnames=("blocks", "gradients"))
@@ -95,6 +97,11 @@ FORWARD = [
 @pytest.mark.parametrize(("sizes", "masks", "dtype"), FORWARD, ids=str)
 def test_forward(sizes, masks, dtype):
   check(sizes, masks, dtype)
+
+
+@pytest.mark.parametrize(("heads", "cores"), [(4, 2), (3, 2)])
+def test_heads_are_dealt_among_cores(heads, cores):
+  check((1, 7, 700, heads, 2, 128), "both", cores=cores)
 
 
 GRADIENTS = [

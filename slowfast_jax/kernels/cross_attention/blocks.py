@@ -9,6 +9,8 @@ import dataclasses
 
 import jax
 
+from slowfast_jax.kernels.cross_attention.tiling import Fold
+
 MIB = 1 << 20
 
 
@@ -22,6 +24,7 @@ class ForwardBlocks:
     row_block: rows that stay in VMEM while the keys pass; K and V leave HBM once per row block.
     strip: keys of a tile that are consumed and refilled at a time.
     vmem_limit: bytes that the compiler may use.
+    cores: that share a call. Blocks of heads follow each other in one pipeline a core.
   """
 
   key_block: int
@@ -29,6 +32,7 @@ class ForwardBlocks:
   row_block: int
   strip: int
   vmem_limit: int
+  cores: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +69,9 @@ class Blocks:
 class _Chip:
   """What the table says of a chip: the VMEM of a core to use, and the largest sizes.
 
-  `many_key_block`: the forward kernel's from `MANY_KEYS` on. A step has a fixed cost, but the first
-  and the last, which fill and drain the pipeline, grow with the block.
-  `wide`: whether its matrix units are 256 wide instead of 128.
+  `many_key_block`: the forward kernel's from `MANY_KEYS` a core on. A step has a fixed cost, but
+  the first and the last, which fill and drain the pipeline, grow with the block.
+  `wide`: whether its matrix units are 256 wide instead of 128. `cores`: that one device is made of.
   """
 
   vmem: int
@@ -79,12 +83,13 @@ class _Chip:
   backward_chunk: int
   backward_strip: int
   wide: bool = False
+  cores: int = 1
 
 
 CHIPS = {
-  "v4": _Chip(14 * MIB, 1024, 1024, 512, 512, 1024, 512, 512),
+  "v4": _Chip(14 * MIB, 1024, 1024, 512, 512, 1024, 512, 512, cores=2),
   "v5e": _Chip(96 * MIB, 4096, 8192, 512, 512, 4096, 512, 512),
-  "v5p": _Chip(60 * MIB, 4096, 4096, 512, 512, 4096, 512, 512),
+  "v5p": _Chip(60 * MIB, 4096, 4096, 512, 512, 4096, 512, 512, cores=2),
   "v6e": _Chip(120 * MIB, 4096, 8192, 512, 512, 4096, 512, 256, wide=True),
 }
 # A chip that the table does not know gets sizes that fit everywhere.
@@ -99,7 +104,7 @@ NAMES = {
   "TPU v6e": "v6e",
 }
 ROW_BLOCK = 4096
-MANY_KEYS = 65_536
+MANY_KEYS = 65_536  # Of all blocks of heads together.
 
 
 def target_device_kind() -> str:
@@ -122,18 +127,10 @@ def round_up(x: int, step: int) -> int:
   return -(-x // step) * step
 
 
-def choose(rows: int, keys: int, width: int, itemsize: int) -> Blocks:
-  """Sizes of the kernels on the chip that is compiled for.
-
-  Args:
-    rows: folded query rows of a block of heads.
-    keys: keys, S.
-    width: lanes of a block of heads.
-    itemsize: bytes of an element of K and V.
-  """
+def choose(fold: Fold, itemsize: int) -> Blocks:
+  """Sizes of the kernels on the chip that is compiled for; `itemsize`: bytes of an element of K."""
   chip = CHIPS.get(NAMES.get(target_device_kind(), ""), SMALLEST)
-  sizes = (chip, rows, keys, width, itemsize)
-  return Blocks(_forward(*sizes), _backward(*sizes))
+  return Blocks(_forward(chip, fold, itemsize), _backward(chip, fold, itemsize))
 
 
 def _rows(rows: int, chunk: int, row_block: int) -> tuple[int, int]:
@@ -150,16 +147,21 @@ def _keys(keys: int, largest: int) -> int:
   return round_up(-(-keys // -(-keys // largest)), 128)
 
 
-def _forward(chip: _Chip, rows: int, keys: int, width: int, itemsize: int) -> ForwardBlocks:
-  chunk, row_block = _rows(rows, chip.chunk, ROW_BLOCK)
-  largest = chip.many_key_block if keys >= MANY_KEYS else chip.key_block
-  while largest > 256 and _forward_bytes(largest, row_block, width, itemsize) > chip.vmem * 0.85:
+def _forward(chip: _Chip, fold: Fold, itemsize: int) -> ForwardBlocks:
+  chunk, row_block = _rows(fold.rows, chip.chunk, ROW_BLOCK)
+  many = fold.keys * fold.blocks_of_heads >= MANY_KEYS * chip.cores
+  largest = chip.many_key_block if many else chip.key_block
+  while (
+    largest > 256 and _forward_bytes(largest, row_block, fold.width, itemsize) > chip.vmem * 0.85
+  ):
     if largest > 512 or row_block <= chunk:
       # 8192, 6144, 4096, 3072 and so on.
       largest = largest * 2 // 3 if largest % 3 == 0 else largest * 3 // 4
     else:
       row_block = round_up(row_block // 2, chunk)
-  return ForwardBlocks(_keys(keys, largest), chunk, row_block, chip.strip, chip.vmem)
+  return ForwardBlocks(
+    _keys(fold.keys, largest), chunk, row_block, chip.strip, chip.vmem, chip.cores
+  )
 
 
 def _forward_bytes(key_block, row_block, width, itemsize):
@@ -167,12 +169,13 @@ def _forward_bytes(key_block, row_block, width, itemsize):
   return streamed + 4 * row_block * (width + key_block + 32)
 
 
-def _backward(chip: _Chip, rows: int, keys: int, width: int, itemsize: int) -> BackwardBlocks:
+def _backward(chip: _Chip, fold: Fold, itemsize: int) -> BackwardBlocks:
   largest_rows = ROW_BLOCK
-  while _backward_bytes(chip.backward_key_block, largest_rows, width, itemsize) > chip.vmem * 0.6:
+  sizes = fold.width, itemsize
+  while _backward_bytes(chip.backward_key_block, largest_rows, *sizes) > chip.vmem * 0.6:
     largest_rows //= 2
-  chunk, row_block = _rows(rows, chip.backward_chunk, largest_rows)
-  key_block = _keys(keys, chip.backward_key_block)
+  chunk, row_block = _rows(fold.rows, chip.backward_chunk, largest_rows)
+  key_block = _keys(fold.keys, chip.backward_key_block)
   return BackwardBlocks(key_block, chunk, row_block, chip.backward_strip, chip.vmem, chip.wide)
 
 

@@ -201,16 +201,20 @@ def _grid(
   B: int, KB: int, R: int, W: int, num_blocks: int, blocks: BackwardBlocks, segmented: bool
 ):
   """The grid, and what of each array is in VMEM at a step."""
+
+  def at(b, h, j, kinds, lengths, front, back):
+    del kinds, lengths
+    return tile.seen(b, j, num_blocks, front, back), h
+
   key_block, num_chunks = blocks.key_block, R // blocks.chunk
   rows = pl.BlockSpec((None, None, R, W), lambda b, h, j, *_: (b, h, 0, 0))
   line = pl.BlockSpec((None, None, 1, R), lambda b, h, j, *_: (b, h, 0, 0))
-  block = tile.key_block_of(num_blocks)
-  keys = tile.key_spec(key_block, W, block)
+  keys = tile.key_spec(key_block, W, at)
   keys_out = pl.BlockSpec((None, key_block, W), lambda b, h, j, *_: (b, j, h))
   in_specs = [rows, rows, line, line, keys, keys]
   if segmented:
     row_segments = pl.BlockSpec((None, 1, R), lambda b, h, j, *_: (b, 0, 0))
-    in_specs += [row_segments, tile.key_segments_spec(key_block, block)]
+    in_specs += [row_segments, tile.key_segments_spec(key_block, at)]
   sums = (W, key_block) if blocks.transposed else (key_block, W)
   return pltpu.PrefetchScalarGridSpec(
     num_scalar_prefetch=len(Tiles.__dataclass_fields__),

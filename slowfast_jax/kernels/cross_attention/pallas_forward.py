@@ -2,8 +2,9 @@
 """The TPU kernel of slow cross-attention, forward: output and log-sum-exp.
 
 Scores are kept transposed, [keys, rows]: statistics of a row are then lane-wise and nothing is
-transposed but the output. The body is software-pipelined over key blocks: a step computes the
-scores of block j on the matrix unit while the vector unit exponentiates those of block j - 1.
+transposed but the output. The body is software-pipelined over key blocks, and from one block of
+heads to the next: a step computes the scores of a block of keys on the matrix unit while the vector
+unit exponentiates those of the block before it.
 """
 
 import functools
@@ -19,24 +20,45 @@ from jaxtyping import Array, Float, Int
 from slowfast_jax.kernels.cross_attention import pallas_tile as tile
 from slowfast_jax.kernels.cross_attention.blocks import ForwardBlocks
 from slowfast_jax.kernels.cross_attention.pallas_tile import HIDDEN_SCORE, LN2, SUBLANES
-from slowfast_jax.kernels.cross_attention.tiling import HIDDEN, INTERIOR, TAIL, Fold, Tiles
+from slowfast_jax.kernels.cross_attention.tiling import HIDDEN, INTERIOR, MASKED, TAIL, Fold, Tiles
+
+
+class _Order(NamedTuple):
+  """How a pipeline walks over the keys: all blocks of one block of heads, then those of the next.
+
+  Attributes:
+    heads: blocks of heads in a pipeline.
+    num_blocks: blocks of keys.
+  """
+
+  heads: int
+  num_blocks: int
+
+  def at(self, s) -> tuple:
+    """Block of heads, within the pipeline, and block of keys at a step; outside, the nearest."""
+    s = jnp.clip(s, 0, self.heads * self.num_blocks - 1)
+    if self.heads == 1:  # The compiler's profiler does not know division.
+      return 0, s
+    return jax.lax.div(s, self.num_blocks), jax.lax.rem(s, self.num_blocks)
 
 
 class _Refs(NamedTuple):
   """What a step of the grid has in VMEM. C chunks of rows, c rows each.
 
+  "New" is the block of keys that the step scores, "old" the one of the step before.
+
   Attributes:
-    q: [rows, W].
-    k: block j, [keys, W].
-    v: block j - 1, [keys, W].
+    q: of the new block's heads, [rows, W].
+    k: the new block, [keys, W].
+    v: the old block, [keys, W].
     row_segments: [1, rows], or None.
-    key_segments: of block j, [1, keys], or None.
-    out: [rows, W].
-    lse: [1, rows].
+    key_segments: of the new block, [1, keys], or None.
+    out: of the old block's heads, [rows, W].
+    lse: likewise, [1, rows].
     peak: highest score of each row so far, [C, 1, c].
     total: sum of its exponentials over all but 8 keys, [C, 8, c].
     acc: output before the division, [C, W, c].
-    scores: those of block j - 1, which wait to be consumed, [C, keys, c].
+    scores: those of the old block, which wait to be consumed, [C, keys, c].
     highest: their maximum over all but 8 keys, [C, 8, c].
   """
 
@@ -55,38 +77,39 @@ class _Refs(NamedTuple):
 
 
 class _Step(NamedTuple):
-  """One step of the grid: scores block j and consumes block j - 1.
+  """One step of the grid: scores the new block of keys and consumes the old one.
 
   Attributes:
     refs: see there.
     strips: pieces of a key block.
-    left: valid keys from the start of block j on.
+    old_left, new_left: valid keys from the start of the block on.
   """
 
   refs: _Refs
   strips: list[slice]
-  left: Array
+  old_left: Array
+  new_left: Array
 
   def rows(self, r):
     """Where the rows of chunk r lie."""
     return tile.rows_of(r, self.refs.scores.shape[2])
 
   def score(self, r, part, masked):
-    """Scores of a strip of block j."""
+    """Scores of a strip of the new block."""
     refs, at = self.refs, self.rows(r)
     s = tile.dot(refs.k[part, :], refs.q[at, :], tile.ROWS_OF_BOTH)
     if masked:
       row_segments = None if refs.row_segments is None else refs.row_segments[:, at]
-      s = tile.hide(s, part, self.left, row_segments, refs.key_segments)
+      s = tile.hide(s, part, self.new_left, row_segments, refs.key_segments)
     return s
 
-  def values(self, part, tail):
-    """A strip of block j - 1; `tail`: the last key is in this block."""
+  def values(self, part, masked):
+    """A strip of the old block."""
     v = self.refs.v[part, :]
-    return tile.clear_behind(v, part, self.left + self.refs.v.shape[0]) if tail else v
+    return tile.clear_behind(v, part, self.old_left) if masked else v
 
-  def advance(self, r, *, consume, produce, masked=False, tail=False):
-    """Consumes the waiting scores of chunk r and puts those of block j in their place."""
+  def advance(self, r, *, consume, produce, masked=False):
+    """Consumes the waiting scores of chunk r and puts those of the new block in their place."""
     refs = self.refs
     if consume:
       peak = jnp.maximum(refs.peak[r], jnp.max(refs.highest[r], axis=0, keepdims=True))
@@ -102,7 +125,7 @@ class _Step(NamedTuple):
       if consume:
         p = jnp.exp2(refs.scores[r, part] - peak)
         total += tile.halve(p, jnp.sum)
-        v = self.values(part, tail)
+        v = self.values(part, masked)
         acc += tile.dot(v, p.astype(v.dtype), tile.COLUMNS_OF_BOTH)
       if produce:
         refs.scores[r, part] = s
@@ -121,20 +144,13 @@ class _Step(NamedTuple):
       self.advance(r, consume=True, produce=True)
 
   def advance_as_needed(self, r, old, new):
-    """`advance` for what the tiles of blocks j - 1 and j need."""
-    step = functools.partial(self.advance, r)
-    has_old, has_new = old != HIDDEN, new != HIDDEN
-    for masked in (False, True):
-      this = has_new & ((new != INTERIOR) == masked)
-      for consume in (True, False):
-        pl.when((has_old == consume) & this)(
-          functools.partial(step, consume=consume, produce=True, masked=masked)
-        )
-    # Behind a tail everything is hidden, so only this step meets one.
-    for tail in (False, True):
-      pl.when(has_old & ~has_new & ((old == TAIL) == tail))(
-        functools.partial(step, consume=True, produce=False, tail=tail)
-      )
+    """`advance` for what the tiles of the old and the new block need."""
+    careful = (new == MASKED) | (new == TAIL) | (old == TAIL)
+    for consume, produce in ((True, True), (True, False), (False, True)):
+      this = ((old != HIDDEN) == consume) & ((new != HIDDEN) == produce)
+      for masked in (False, True):
+        step = functools.partial(self.advance, r, consume=consume, produce=produce, masked=masked)
+        pl.when(this & (careful == masked))(step)
 
   def start(self):
     """No row has seen a key."""
@@ -160,32 +176,36 @@ def _kernel(
   back_ref,
   *refs,
   strip: int,
-  num_blocks: int,
+  order: _Order,
   total_chunks: int,
   segmented: bool,
 ):
-  """All chunks of a block of rows; grid (batch, block of heads, block of rows, num_blocks + 1)."""
+  """All chunks of a block of rows; for the grid see `_grid`."""
   del front_ref, back_ref
   refs = _Refs(*(refs if segmented else (*refs[:3], None, None, *refs[3:])))
-  b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+  b, i, s = pl.program_id(0), pl.program_id(2), pl.program_id(3)
   num_chunks, key_block, _ = refs.scores.shape
-  step = _Step(refs, tile.strips_of(key_block, strip), lengths_ref[b] - j * key_block)
-
-  def kind(r, block):
-    return kinds_ref[(b * total_chunks + i * num_chunks + r) * num_blocks + block]
+  (_, old), (_, new) = order.at(s - 1), order.at(s)
+  old_left, new_left = (lengths_ref[b] - x * key_block for x in (old, new))
+  step = _Step(refs, tile.strips_of(key_block, strip), old_left, new_left)
 
   def kinds(r):
-    """What the tiles of chunk r need: with block j - 1, and with block j."""
-    new = jnp.where(j < num_blocks, kind(r, jnp.minimum(j, num_blocks - 1)), HIDDEN)
-    old = jnp.where(j > 0, kind(r, jnp.maximum(j - 1, 0)), HIDDEN)
-    return old, new
+    """What the tiles of chunk r need: with the old block, and with the new one."""
+    first = (b * total_chunks + i * num_chunks + r) * order.num_blocks
+    steps = order.heads * order.num_blocks
+    return (
+      jnp.where(s > 0, kinds_ref[first + old], HIDDEN),
+      jnp.where(s < steps, kinds_ref[first + new], HIDDEN),
+    )
 
-  pl.when(j == 0)(step.start)
   _for_all_chunks(step, num_chunks, kinds)
 
-  @pl.when(j == num_blocks)
+  @pl.when((s > 0) & (old == order.num_blocks - 1))
   def _finish():
     jax.lax.fori_loop(0, num_chunks, lambda r, _: step.finish(r), None)
+
+  # The old block's sums are complete, and the new one's scores are in none yet.
+  pl.when(new == 0)(step.start)
 
 
 def _for_all_chunks(step: _Step, num_chunks: int, kinds: Callable):
@@ -208,25 +228,47 @@ def _for_all_chunks(step: _Step, num_chunks: int, kinds: Callable):
     one(num_chunks - 1, None)
 
 
-def _grid(B: int, KB: int, R: int, W: int, num_blocks: int, blocks: ForwardBlocks, segmented: bool):
-  """The grid, and what of each array is in VMEM at a step."""
+def _grid(B: int, KB: int, R: int, W: int, order: _Order, blocks: ForwardBlocks, segmented: bool):
+  """The grid, and what of each array is in VMEM at a step.
+
+  Its axes are the batch, the pipelines, the blocks of rows, and a pipeline's steps, one for each of
+  its blocks of keys and one to consume the last.
+  """
   key_block, chunk, num_chunks = blocks.key_block, blocks.chunk, blocks.row_block // blocks.chunk
-  rows = pl.BlockSpec((None, None, blocks.row_block, W), lambda b, h, i, j, *_: (b, h, i, 0))
-  line = pl.BlockSpec((None, None, 1, blocks.row_block), lambda b, h, i, j, *_: (b, h, 0, i))
-  this, before = (tile.key_block_of(num_blocks, shift) for shift in (0, 1))
-  in_specs = [rows, *(tile.key_spec(key_block, W, block) for block in (this, before))]
+  old, new = 1, 0  # Steps by which they lie behind.
+
+  def heads(p, s, delay):
+    return p * order.heads + order.at(s - delay)[0]
+
+  def rows(delay):
+    return pl.BlockSpec(
+      (None, None, blocks.row_block, W), lambda b, p, i, s, *_: (b, heads(p, s, delay), i, 0)
+    )
+
+  def keys(delay):
+    def at(b, p, i, s, kinds, lengths, front, back):
+      del i, kinds, lengths
+      block = order.at(s - delay)[1]
+      return tile.seen(b, block, order.num_blocks, front, back), heads(p, s, delay)
+
+    return at
+
+  line = pl.BlockSpec(
+    (None, None, 1, blocks.row_block), lambda b, p, i, s, *_: (b, heads(p, s, old), 0, i)
+  )
+  in_specs = [rows(new), *(tile.key_spec(key_block, W, keys(delay)) for delay in (new, old))]
   if segmented:
     in_specs += [
-      pl.BlockSpec((None, 1, blocks.row_block), lambda b, h, i, j, *_: (b, 0, i)),
-      tile.key_segments_spec(key_block, this),
+      pl.BlockSpec((None, 1, blocks.row_block), lambda b, p, i, s, *_: (b, 0, i)),
+      tile.key_segments_spec(key_block, keys(new)),
     ]
   # Of a row: peak, total, acc, scores, highest.
   depths = (1, SUBLANES, W, key_block, SUBLANES)
   return pltpu.PrefetchScalarGridSpec(
     num_scalar_prefetch=len(Tiles.__dataclass_fields__),
-    grid=(B, KB, R // blocks.row_block, num_blocks + 1),
+    grid=(B, KB // order.heads, R // blocks.row_block, order.heads * order.num_blocks + 1),
     in_specs=in_specs,
-    out_specs=[rows, line],
+    out_specs=[rows(old), line],
     scratch_shapes=[pltpu.VMEM((num_chunks, depth, chunk), jnp.float32) for depth in depths],
   )
 
@@ -254,12 +296,19 @@ def forward(
     interpret: Pallas's interpreter instead of the compiler.
   """
   B, KB, R, W = q.shape
-  num_blocks, total_chunks = -(-fold.keys // blocks.key_block), R // blocks.chunk
-  static = {"strip": blocks.strip, "num_blocks": num_blocks, "total_chunks": total_chunks}
+  pipelines = KB if KB % blocks.cores else blocks.cores
+  order = _Order(KB // pipelines, -(-fold.keys // blocks.key_block))
+  kernel = functools.partial(
+    _kernel,
+    strip=blocks.strip,
+    order=order,
+    total_chunks=R // blocks.chunk,
+    segmented=segments is not None,
+  )
   return pl.pallas_call(
-    functools.partial(_kernel, **static, segmented=segments is not None),
+    kernel,
     name="slow_cross_attention_forward",
-    grid_spec=_grid(B, KB, R, W, num_blocks, blocks, segments is not None),
+    grid_spec=_grid(B, KB, R, W, order, blocks, segments is not None),
     out_shape=[
       jax.ShapeDtypeStruct(q.shape, q.dtype),
       jax.ShapeDtypeStruct((B, KB, 1, R), jnp.float32),

@@ -67,31 +67,30 @@ def rows_of(chunk_index, chunk: int):
   return pl.ds(pl.multiple_of(chunk_index * chunk, chunk), chunk)
 
 
-def key_block_of(num_blocks: int, shift: int = 0) -> Callable:
-  """The block of keys that a step of the grid reads: the one `shift` steps before its own.
+def seen(b, block, num_blocks: int, front, back):
+  """The block of keys that a step reads for `block`.
 
-  What no query sees at the front and at the back is not read: the index stays where it is.
-
-  Returns:
-    A function of the grid's indices (batch first, key block last) and the scalars of `Tiles`.
+  What no query sees at the front and at the back, by the fields of `Tiles`, is not read: the index
+  stays where it is.
   """
-
-  def index(*given):
-    b = given[0]
-    j, _, _, front, back = given[-5:]
-    return jnp.clip(j - shift, front[b], num_blocks - 1 - back[b])
-
-  return index
+  return jnp.clip(block, front[b], num_blocks - 1 - back[b])
 
 
-def key_spec(key_block: int, width: int, block: Callable) -> pl.BlockSpec:
-  """A block of K or V, [B, S, L]; `block` as `key_block_of` gives it."""
-  return pl.BlockSpec((None, key_block, width), lambda b, h, *x: (b, block(b, h, *x), h))
+def key_spec(key_block: int, width: int, at: Callable) -> pl.BlockSpec:
+  """A block of K or V, [B, S, L].
+
+  Args:
+    key_block: keys in it.
+    width: lanes of a block of heads.
+    at: block of keys and block of heads by the grid's indices, batch first, and the prefetched
+      scalars.
+  """
+  return pl.BlockSpec((None, key_block, width), lambda b, *x: (b, *at(b, *x)))
 
 
-def key_segments_spec(key_block: int, block: Callable) -> pl.BlockSpec:
-  """The segments of a block of keys, [B, 1, S]."""
-  return pl.BlockSpec((None, 1, key_block), lambda b, *x: (b, 0, block(b, *x)))
+def key_segments_spec(key_block: int, at: Callable) -> pl.BlockSpec:
+  """The segments of a block of keys, [B, 1, S]; `at` as for `key_spec`."""
+  return pl.BlockSpec((None, 1, key_block), lambda b, *x: (b, 0, at(b, *x)[0]))
 
 
 def segment_inputs(segments) -> tuple:

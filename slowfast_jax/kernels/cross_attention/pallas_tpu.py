@@ -171,5 +171,4 @@ def backward_part(
 
 
 def _blocks(q, k):
-  fold = Fold.of(q.shape, k.shape)
-  return block_table.choose(fold.rows, fold.keys, fold.width, q.dtype.itemsize)
+  return block_table.choose(Fold.of(q.shape, k.shape), q.dtype.itemsize)
