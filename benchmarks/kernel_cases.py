@@ -101,15 +101,14 @@ def flash(**sizes):
 
 def splash(**sizes):
   """JAX's splash attention in its own grouped form."""
-  kernels, masks = _splash()
-  shape = Shape(**sizes)
-  group = shape.heads // shape.kv_heads
-  mask = masks.MultiHeadMask([masks.FullMask((shape.queries, shape.keys))] * group)
-  blocks = _splash_blocks(kernels, shape.queries)
-  kernel = jax.vmap(kernels.make_splash_mqa_single_device(mask, block_sizes=blocks))
-  q = (shape.batch, shape.kv_heads, group, shape.queries, shape.head_dim)
-  k = _heads_first(shape, shape.kv_heads, shape.keys)
-  return jax.vmap(kernel), (jax.ShapeDtypeStruct(q, k.dtype), k, k)
+  kernel, q, k = _grouped(Shape(**sizes))
+  return kernel, (q, k, k)
+
+
+def splash_backward(**sizes):
+  """Forward and fused backward of the same."""
+  kernel, q, k = _grouped(Shape(**sizes))
+  return _backward_of(kernel), (q, k, k, q)
 
 
 def splash_folded(**sizes):
@@ -121,12 +120,26 @@ def splash_folded(**sizes):
 def splash_folded_backward(**sizes):
   """Forward and fused backward of the same."""
   kernel, q, k = _folded(Shape(**sizes))
+  return _backward_of(jax.vmap(kernel)), (q, k, k, q)
 
+
+def _backward_of(kernel):
   def program(q, k, v, do):
-    _, transpose = jax.vjp(jax.vmap(kernel), q, k, v)
+    _, transpose = jax.vjp(kernel, q, k, v)
     return transpose(do)
 
-  return program, (q, k, k, q)
+  return program
+
+
+def _grouped(shape):
+  kernels, masks = _splash()
+  group = shape.heads // shape.kv_heads
+  mask = masks.MultiHeadMask([masks.FullMask((shape.queries, shape.keys))] * group)
+  blocks = _splash_blocks(kernels, shape.queries)
+  kernel = jax.vmap(kernels.make_splash_mqa_single_device(mask, block_sizes=blocks))
+  q = (shape.batch, shape.kv_heads, group, shape.queries, shape.head_dim)
+  k = _heads_first(shape, shape.kv_heads, shape.keys)
+  return jax.vmap(kernel), jax.ShapeDtypeStruct(q, k.dtype), k
 
 
 def _folded(shape):

@@ -6,7 +6,7 @@ blocks that a causal mask hides; elsewhere `jax.nn.dot_product_attention`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import einops
 import jax
@@ -61,22 +61,23 @@ class Causal:
 def self_attention(
   q: Float[Array, "B T N H"],
   k: Float[Array, "B L K H"],
-  v: Float[Array, "B L K H"],
+  v: Float[Array, "B L K W"],
   mask: Causal | Bool[Array, "B 1 T L"] | None = None,
   *,
   rows: str = "batch",
   valid: int | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N W"]:
   """Attention with grouped heads, logits scaled by 1 / sqrt(H).
 
   Args:
-    q, k, v: queries, keys and values.
+    q, k, v: queries, keys and values; on TPU heads of values may be padded, see `padded_head`.
     mask: which key each query sees; None: all. An array is taken where keys are a cache.
     rows: the logical name of the first axis.
     valid: without a mask, keys that count: the first so many; None: all.
 
   Returns:
-    In q's shape and dtype, marked as RESULT. What a query that sees no key gets means nothing.
+    In q's shape and dtype with heads of v's size, marked as RESULT. What a query that sees no key
+    gets means nothing.
   """
   if isinstance(mask, jax.Array) or target_platform() != "tpu":
     dense = mask.dense() if isinstance(mask, Causal) else mask
@@ -93,16 +94,25 @@ def padded_length(length: int) -> int:
   return round_up(length, LANES) if target_platform() == "tpu" else length
 
 
+def padded_head(size: int) -> int:
+  """Elements to which an encoder's projections best pad the heads of its values.
+
+  Then nothing is copied around attention: neither values nor what is read of them fill too few
+  lanes. On v6e the copies take longer than the products with zeros; elsewhere they do not.
+  """
+  return round_up(size, LANES) if target_device_kind().startswith("TPU v6") else size
+
+
 def attention_on_tpu(
   q: Float[Array, "B T N H"],
   k: Float[Array, "B T K H"],
-  v: Float[Array, "B T K H"],
+  v: Float[Array, "B T K W"],
   mask: Causal | None,
   *,
   rows: str = "batch",
   valid: int | None = None,
   interpret: bool = False,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N W"]:
   """Splash attention, on each device for its rows and heads.
 
   Args:
@@ -154,13 +164,14 @@ def _splash(
 
   scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
   arrays = [by_head(x) for x in (scaled, k, v)]
+  widths = [x.shape[-1] for x in arrays]
   if causal:
-    one_row = _kernel(N, padded, block, causal, interpret)
+    one_row = _kernel(N, padded, block, widths, causal, interpret)
     out = jax.vmap(one_row)(*arrays, splash.SegmentIds(segments, segments))
   else:
     # All rows have the same mask, so their heads may be those of one row.
     flat = [einops.rearrange(x, "B N T H -> (B N) T H") for x in arrays]
-    all_rows = _kernel(len(flat[0]), padded, block, causal, interpret)
+    all_rows = _kernel(len(flat[0]), padded, block, widths, causal, interpret)
     out = all_rows(*flat, splash.SegmentIds(segments[0], segments[0]))
     out = einops.rearrange(out, "(B N) T H -> B N T H", N=N)
   return out.swapaxes(1, 2)[:, :T]
@@ -176,22 +187,25 @@ def _block(length: int) -> int:
 
 
 def _kernel(
-  heads: int, length: int, block: int, causal: bool, interpret: bool
+  heads: int, length: int, block: int, widths: Sequence[int], causal: bool, interpret: bool
 ) -> Callable[..., Array]:
   shape = (length, length)
   one = masks.CausalMask(shape) if causal else masks.FullMask(shape)
   # An encoder's heads of 72 fill no 128 lanes, but its positions do, and its projections write them
-  # innermost as readily.
-  layout = splash.QKVLayout.HEAD_DIM_MINOR if causal else splash.QKVLayout.SEQ_MINOR
+  # innermost as readily; those of values may be padded.
+  layouts = [
+    splash.QKVLayout.HEAD_DIM_MINOR if causal or width % LANES == 0 else splash.QKVLayout.SEQ_MINOR
+    for width in widths
+  ]
   sizes = splash.BlockSizes(
     block_q=block,
     block_kv=block,
     block_q_dkv=block,
     block_kv_dkv=block,
     use_fused_bwd_kernel=True,
-    q_layout=layout,
-    k_layout=layout,
-    v_layout=layout,
+    q_layout=layouts[0],
+    k_layout=layouts[1],
+    v_layout=layouts[2],
   )
   return splash.make_splash_mha(
     masks.MultiHeadMask([one] * heads),

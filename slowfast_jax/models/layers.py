@@ -119,7 +119,7 @@ def _num_outputs(equation: str) -> int:
 _linear.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)
 
 
-def add_param(x: Float[Array, "..."], param: nnx.Param) -> Float[Array, "..."]:
+def add_param(x: Float[Array, "..."], param: nnx.Param | Array) -> Float[Array, "..."]:
   """x plus a parameter, whose gradient is then a sum in float32."""
   return (x.astype(jnp.float32) + param[...]).astype(x.dtype)
 

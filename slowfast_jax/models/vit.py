@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from slowfast_jax.kernels.self_attention import padded_length, self_attention
+from slowfast_jax.kernels.self_attention import padded_head, padded_length, self_attention
 from slowfast_jax.models.layers import (
   LayerNorm,
   Projection,
   Rngs,
   add_param,
+  linear,
   make_param,
   stack,
   unstack,
@@ -119,9 +120,11 @@ class ViTBlock(nnx.Module):
     """Of `valid` tokens, and padding behind them that no token sees."""
     x = constrain(x, "frames")
     y = self.norm1(x)
-    q, k, v = keep(self.q(y), "queries"), keep(self.k(y), "keys"), keep(self.v(y), "values")
+    q, k = keep(self.q(y), "queries"), keep(self.k(y), "keys")
+    width = padded_head(q.shape[-1])
+    v = keep(_with_heads_of(width, self.v, y), "values")
     o = self_attention(q, k, v, rows="frames", valid=valid)
-    x = x + self.out(o)
+    x = x + _with_heads_of(width, self.out, o)
     # Written down: fused into fc2, the activation would be computed again for each of its tiles.
     hidden = jax.lax.optimization_barrier(self._gelu(self.fc1(self.norm2(x))))
     return x + self.fc2(hidden)
@@ -130,6 +133,24 @@ class ViTBlock(nnx.Module):
     if self.family == "siglip":
       return jax.nn.gelu(x, approximate=True)
     return x * jax.nn.sigmoid(1.702 * x)
+
+
+def _with_heads_of(
+  size: int, projection: Projection, x: Float[Array, "..."]
+) -> Float[Array, "..."]:
+  """A projection to heads or from them, with zeros behind the elements that they have."""
+  inputs, out = projection.equation.split("->")
+
+  def padded(weights: Array, letters: str) -> Array:
+    axis = letters.index("H")
+    widths = [(0, size - n if i == axis else 0) for i, n in enumerate(weights.shape)]
+    return jnp.pad(weights, widths)
+
+  y = linear(projection.equation, x, padded(projection.kernel[...], inputs.split(",")[1]))
+  if projection.bias is None:
+    return y
+  bias = projection.bias[...]
+  return add_param(y, padded(bias, out.strip(".")) if "H" in out else bias)
 
 
 class ViT(nnx.Module):

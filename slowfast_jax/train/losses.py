@@ -3,7 +3,8 @@
 
 Scores of a 150,000-word vocabulary at every position would be the largest array of a step by far.
 So positions that are learned are taken to the front, and scored some at a time, in the backward
-pass once more; parts in which no position of the batch is learned are not scored at all.
+pass once more; parts in which no position of the batch is learned are not scored at all. Where all
+that may be learned are few enough, they are scored once and their scores kept.
 """
 
 import math
@@ -16,10 +17,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from slowfast_jax.kernels.cross_attention.blocks import target_device_kind
 from slowfast_jax.sharding import RULES, axes_that_divide, gather, mesh_in_force, state_specs
 
 # Scores of a device that exist together: 256 MiB, and enough rows to fill a matrix unit.
 SCORES_AT_ONCE = 2**26
+# 1 GiB on v6e, whose memory is slow beside its matrix units: with each further part the gradient of
+# the projection is read and written again.
+SCORES_AT_ONCE_OF_V6E = 2**28
 
 Project = Callable[[Float[Array, "B T D"]], Float[Array, "B T V"]]
 
@@ -60,6 +65,8 @@ def next_token_loss(
     length = min(most or hidden.shape[1], hidden.shape[1])
     if chunk is None or chunk >= hidden.shape[1]:
       return _sums(project, *arrays)
+    if chunk >= length:
+      return _sums(project, *[x[0] for x in _chunks(arrays, length, length)])
     return _sum_chunks(project, *_chunks(arrays, chunk, length))
 
   found = _sum_devices(sums, project, arrays)
@@ -86,7 +93,8 @@ def chunk_length(batch_size: int, vocab_size: int) -> int:
     return count if size % count == 0 else 1
 
   scores = batch_size * vocab_size // parts("batch", batch_size) // parts("vocab", vocab_size)
-  return max(SCORES_AT_ONCE // scores, 1)
+  v6e = target_device_kind().startswith("TPU v6")
+  return max((SCORES_AT_ONCE_OF_V6E if v6e else SCORES_AT_ONCE) // scores, 1)
 
 
 def _sums(

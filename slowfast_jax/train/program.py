@@ -27,7 +27,8 @@ Say = Callable[[str], Any]
 Shapes = tuple[tuple[int, ...], ...]
 
 # Options of the compiler by the start of a device's kind. Left to itself it stops a v6e for every
-# exchange; its SparseCores can run them beside the products.
+# exchange; its SparseCores can run them beside the products. And it gives products 32 MiB of VMEM;
+# with 64 they run faster, and half as long again is compiled.
 _OPTIONS = {
   "TPU v6": {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
@@ -35,6 +36,7 @@ _OPTIONS = {
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
     "xla_tpu_use_tc_device_shape_on_sc": True,
+    "xla_tpu_scoped_vmem_limit_kib": 65536,
   }
 }
 

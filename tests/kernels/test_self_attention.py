@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from slowfast_jax.kernels import one_query
-from slowfast_jax.kernels.self_attention import Causal, attention_on_tpu, self_attention
+from slowfast_jax.kernels.self_attention import LANES, Causal, attention_on_tpu, self_attention
 from slowfast_jax.sharding import make_mesh
 
 # Two samples and padding in one row, one sample in the other; no multiple of a block.
@@ -57,6 +57,17 @@ def test_one_query_of_a_cache_reads_what_attention_reads(kv_heads):
   rounded = self_attention(*half, mask)
   assert rounded.dtype == jnp.bfloat16
   np.testing.assert_allclose(rounded.astype(jnp.float32), expected, atol=2e-2)
+
+
+def test_padded_heads_of_values_change_nothing():
+  q, k, v, _ = arrays(2, 2, 72)
+  wide = jnp.pad(v, [(0, 0)] * 3 + [(0, LANES - 72)])
+  plain, padded = (
+    jax.jit(lambda v: attention_on_tpu(q, k, v, None, valid=170, interpret=True))(values)
+    for values in (v, wide)
+  )
+  np.testing.assert_allclose(padded[..., :72], plain, rtol=1e-6, atol=1e-6)
+  np.testing.assert_array_equal(padded[..., 72:], 0.0)
 
 
 def test_rows_and_heads_over_a_mesh_change_nothing():

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from slowfast_jax.models import vit
 from slowfast_jax.models.projector import Projector, projector_depth
 from slowfast_jax.models.vit import CLIP_MEAN, CLIP_STD, ViT, ViTConfig
 from tests.models import oracle
@@ -55,6 +56,21 @@ def copy_blocks(source, target, count):
     for weight in ("kernel", "scale", "bias"):
       if hasattr(a, weight):
         getattr(b, weight)[...] = getattr(a, weight)[...][:count]
+
+
+def test_heads_of_values_may_be_padded(monkeypatch):
+  module = random_module(lambda r: ViT(config(), rngs=r))
+  plain, widths = run(module, frames()), []
+
+  def attend(q, k, v, **_):
+    widths.append((q.shape[-1], v.shape[-1]))
+    weights = jax.nn.softmax(jnp.einsum("BTNH,BLNH->BNTL", q, k) / q.shape[-1] ** 0.5)
+    return jnp.einsum("BNTL,BLNW->BTNW", weights, v)
+
+  monkeypatch.setattr(vit, "self_attention", attend)
+  monkeypatch.setattr(vit, "padded_head", lambda size: size + 3)
+  np.testing.assert_allclose(run(module, frames()), plain, rtol=1e-5, atol=1e-5)
+  assert set(widths) == {(4, 7)}
 
 
 def test_pixels_that_fill_no_patch_are_not_seen():

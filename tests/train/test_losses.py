@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from slowfast_jax.sharding import make_mesh
+from slowfast_jax.train import losses
 from slowfast_jax.train.losses import SCORES_AT_ONCE, chunk_length, next_token_loss
 
 
@@ -102,9 +103,19 @@ def test_positions_beyond_the_most_that_are_learned_are_not_scored(plain):
   most = int((WEIGHTS > 0).sum(1).max())
   assert most < T
   check = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-  jax.tree.map(check, program(most, most=most)(HIDDEN, HEAD), plain)
-  scanned = program(most, most=most).lower(HIDDEN, HEAD).as_text()
-  assert f"tensor<1x{B}x{most}x{D}xf32>" in scanned
+  jax.tree.map(check, program(most - 1, most=most)(HIDDEN, HEAD), plain)
+  scanned = program(most - 1, most=most).lower(HIDDEN, HEAD).as_text()
+  assert f"tensor<2x{B}x{-(-most // 2)}x{D}xf32>" in scanned
+
+
+def test_all_that_may_be_learned_are_scored_once_where_they_fit(plain):
+  most = int((WEIGHTS > 0).sum(1).max())
+  check = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  compiled = program(most, most=most).lower(HIDDEN, HEAD).compile()
+  jax.tree.map(check, compiled(HIDDEN, HEAD), plain)
+  # In a product or without one.
+  scored = re.compile(rf"f32\[(?:{B},{most}|{B * most}),{V}\]\S* dot\(")
+  assert len(scored.findall(compiled.as_text())) == 1
 
 
 def test_a_head_that_is_spread_gives_the_same_loss_and_gradients(plain):
@@ -165,3 +176,8 @@ def test_the_scores_that_exist_together_are_those_of_a_device():
   assert chunk_length(1, 2 * SCORES_AT_ONCE) == 1
   with jax.set_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
     assert chunk_length(4, 2**20) == SCORES_AT_ONCE // 2**19
+
+
+def test_v6e_scores_more_together(monkeypatch):
+  monkeypatch.setattr(losses, "target_device_kind", lambda: "TPU v6 lite")
+  assert chunk_length(4, 2**20) == 4 * SCORES_AT_ONCE // 2**22
