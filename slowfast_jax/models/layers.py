@@ -26,6 +26,7 @@ from slowfast_jax.sharding import axes_that_divide, mesh_in_force
 TOKEN_SCALE = 0.3
 
 M = TypeVar("M", bound=nnx.Module)
+T = TypeVar("T")
 
 
 class Keys:
@@ -117,6 +118,28 @@ def _num_outputs(equation: str) -> int:
 
 
 _linear.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)
+
+
+@jax.custom_vjp
+def written(x: T) -> T:
+  """The same arrays, written to memory: what follows does not compute them again.
+
+  Unlike `optimization_barrier` it leaves their gradients alone: these may be computed where the
+  product is that they come from.
+  """
+  return jax.lax.optimization_barrier(x)
+
+
+written.defvjp(lambda x: (written(x), None), lambda _, dx: (dx,))
+
+
+@jax.custom_vjp
+def gradient_written(x: T) -> T:
+  """The same arrays, whose gradients are written to memory; see `written`."""
+  return x
+
+
+gradient_written.defvjp(lambda x: (x, None), lambda _, dx: (jax.lax.optimization_barrier(dx),))
 
 
 def add_param(x: Float[Array, "..."], param: nnx.Param | Array) -> Float[Array, "..."]:

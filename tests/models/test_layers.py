@@ -13,12 +13,14 @@ from slowfast_jax.models.layers import (
   LayerNorm,
   Projection,
   RMSNorm,
+  gradient_written,
   layer_of,
   linear,
   look_up,
   make_param,
   stack,
   unstack,
+  written,
 )
 from slowfast_jax.sharding import make_mesh
 from tests.models import oracle
@@ -49,6 +51,19 @@ def test_projections_start_at_one_over_the_root_of_their_inputs(
   assert projection.bias.get_metadata()["axes"] == axes[-len(bias_shape) :]
   np.testing.assert_array_equal(projection.bias[...], np.full(bias_shape, 2.0))
   assert Projection(equation, shape, axes, rngs=nnx.Rngs(0)).bias is None
+
+
+@pytest.mark.parametrize(("mark", "barriers"), [(written, (1, 1)), (gradient_written, (0, 1))])
+def test_arrays_or_their_gradients_are_written_and_nothing_changes(mark, barriers):
+  def run(x):
+    return jnp.sum(jnp.sin(mark((jnp.cos(x), x))[0]))
+
+  x = jnp.arange(3.0)
+  value, gradient = jax.value_and_grad(run)(x)
+  np.testing.assert_allclose(value, jnp.sum(jnp.sin(jnp.cos(x))), rtol=1e-6)
+  np.testing.assert_allclose(gradient, -jnp.cos(jnp.cos(x)) * jnp.sin(x), rtol=1e-6)
+  counts = [str(jax.make_jaxpr(f)(x)).count("optimization_barrier") for f in (run, jax.grad(run))]
+  assert tuple(counts) == barriers
 
 
 @pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
