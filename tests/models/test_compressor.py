@@ -106,6 +106,12 @@ def test_squares_of_the_grid_are_averaged():
   np.testing.assert_array_equal(spatial_pool(grid, 4)[0, :, 0], [7.5])
 
 
+def test_squares_of_half_precision_are_summed_in_float32():
+  grid = jnp.array([[256.0], [1.0], [1.0], [2.0]], jnp.bfloat16)
+  assert spatial_pool(grid, 2).dtype == jnp.bfloat16
+  np.testing.assert_array_equal(spatial_pool(grid, 2).astype(jnp.float32), [[65.0]])
+
+
 def test_what_fills_no_square_is_left_out():
   grid = jnp.arange(9.0).reshape(9, 1)
   np.testing.assert_array_equal(spatial_pool(grid, 2), [[2.0]])
