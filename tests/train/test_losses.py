@@ -118,13 +118,14 @@ def test_all_that_may_be_learned_are_scored_once_where_they_fit(plain):
   assert len(scored.findall(compiled.as_text())) == 1
 
 
-def test_a_head_that_is_spread_gives_the_same_loss_and_gradients(plain):
+@pytest.mark.parametrize("options", [{"chunk": 8}, {"chunk": 23, "most": 23}], ids=["parts", "one"])
+def test_a_head_that_is_spread_gives_the_same_loss_and_gradients(plain, options):
   mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
   head = jax.device_put(HEAD, jax.NamedSharding(mesh, jax.P("fsdp", "tensor")))
 
   def run(hidden, head):
     project = jax.tree_util.Partial(_times, nnx.Param(head, axes=("embed", "vocab")))
-    return next_token_loss(hidden, project, TARGETS, WEIGHTS, z_loss=1e-2, chunk=8)
+    return next_token_loss(hidden, project, TARGETS, WEIGHTS, z_loss=1e-2, **options)
 
   with jax.set_mesh(mesh):
     found = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))(HIDDEN, head)
