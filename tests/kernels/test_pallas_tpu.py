@@ -99,6 +99,12 @@ def test_forward(sizes, masks, dtype):
   check(sizes, masks, dtype)
 
 
+@pytest.mark.parametrize("masks", ["all", "lengths", "both", "scattered"])
+def test_rows_that_fill_half_of_the_lanes(masks):
+  check((2, 25, 700, 2, 7, 128), masks, chunk=192)
+  check((2, 25, 700, 2, 7, 128), masks, "bfloat16", chunk=192)
+
+
 @pytest.mark.parametrize(("heads", "cores"), [(4, 2), (3, 2)])
 def test_heads_are_dealt_among_cores(heads, cores):
   check((1, 7, 700, heads, 2, 128), "both", cores=cores)

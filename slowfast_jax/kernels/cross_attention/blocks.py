@@ -9,7 +9,7 @@ import dataclasses
 
 import jax
 
-from slowfast_jax.kernels.cross_attention.tiling import Fold
+from slowfast_jax.kernels.cross_attention.tiling import LANES, Fold
 
 MIB = 1 << 20
 
@@ -20,7 +20,8 @@ class ForwardBlocks:
 
   Attributes:
     key_block: keys in a block, a multiple of 128.
-    chunk: rows whose scores against a key block are one tile, a multiple of 128.
+    chunk: rows whose scores against a key block are one tile, a multiple of 128. If it is the only
+      one, 64 more: these lie otherwise, see `pallas_rows`.
     row_block: rows that stay in VMEM while the keys pass; K and V leave HBM once per row block.
     strip: keys of a tile that are consumed and refilled at a time.
     vmem_limit: bytes that the compiler may use.
@@ -149,6 +150,8 @@ def _keys(keys: int, largest: int) -> int:
 
 def _forward(chip: _Chip, fold: Fold, itemsize: int) -> ForwardBlocks:
   chunk, row_block = _rows(fold.rows, chip.chunk, ROW_BLOCK)
+  if LANES < round_up(fold.rows, 64) < chunk and not chip.wide:
+    chunk = row_block = round_up(fold.rows, 64)
   many = fold.keys * fold.blocks_of_heads >= MANY_KEYS * chip.cores
   largest = chip.many_key_block if many else chip.key_block
   while (

@@ -2,9 +2,10 @@
 """The TPU kernel of slow cross-attention, forward: output and log-sum-exp.
 
 Scores are kept transposed, [keys, rows]: statistics of a row are then lane-wise and nothing is
-transposed but the output. The body is software-pipelined over key blocks, and from one block of
-heads to the next: a step computes the scores of a block of keys on the matrix unit while the vector
-unit exponentiates those of the block before it.
+transposed but the output (`pallas_rows`, also for rows that fill no 128 lanes). The body is
+software-pipelined over key blocks, and from one block of heads to the next: a step computes the
+scores of a block of keys on the matrix unit while the vector unit exponentiates those of the block
+before it.
 """
 
 import functools
@@ -19,7 +20,8 @@ from jaxtyping import Array, Float, Int
 
 from slowfast_jax.kernels.cross_attention import pallas_tile as tile
 from slowfast_jax.kernels.cross_attention.blocks import ForwardBlocks
-from slowfast_jax.kernels.cross_attention.pallas_tile import HIDDEN_SCORE, LN2, SUBLANES
+from slowfast_jax.kernels.cross_attention.pallas_rows import Rows, rows_of_chunk, scratch_shapes
+from slowfast_jax.kernels.cross_attention.pallas_tile import HIDDEN_SCORE, LN2
 from slowfast_jax.kernels.cross_attention.tiling import HIDDEN, INTERIOR, MASKED, TAIL, Fold, Tiles
 
 
@@ -43,7 +45,7 @@ class _Order(NamedTuple):
 
 
 class _Refs(NamedTuple):
-  """What a step of the grid has in VMEM. C chunks of rows, c rows each.
+  """What a step of the grid has in VMEM.
 
   "New" is the block of keys that the step scores, "old" the one of the step before.
 
@@ -55,11 +57,6 @@ class _Refs(NamedTuple):
     key_segments: of the new block, [1, keys], or None.
     out: of the old block's heads, [rows, W].
     lse: likewise, [1, rows].
-    peak: highest score of each row so far, [C, 1, c].
-    total: sum of its exponentials over all but 8 keys, [C, 8, c].
-    acc: output before the division, [C, W, c].
-    scores: those of the old block, which wait to be consumed, [C, keys, c].
-    highest: their maximum over all but 8 keys, [C, 8, c].
   """
 
   q: Any
@@ -69,11 +66,6 @@ class _Refs(NamedTuple):
   key_segments: Any
   out: Any
   lse: Any
-  peak: Any
-  total: Any
-  acc: Any
-  scores: Any
-  highest: Any
 
 
 class _Step(NamedTuple):
@@ -81,58 +73,51 @@ class _Step(NamedTuple):
 
   Attributes:
     refs: see there.
+    parts: rows of all chunks and their sums, by how they lie.
     strips: pieces of a key block.
     old_left, new_left: valid keys from the start of the block on.
   """
 
   refs: _Refs
+  parts: list[Rows]
   strips: list[slice]
   old_left: Array
   new_left: Array
 
-  def rows(self, r):
-    """Where the rows of chunk r lie."""
-    return tile.rows_of(r, self.refs.scores.shape[2])
-
-  def score(self, r, part, masked):
+  def score(self, rows, r, strip, masked):
     """Scores of a strip of the new block."""
-    refs, at = self.refs, self.rows(r)
-    s = tile.dot(refs.k[part, :], refs.q[at, :], tile.ROWS_OF_BOTH)
+    refs, at = self.refs, rows.at(r)
+    s = rows.layout.score(refs.k[strip, :], refs.q[at, :])
     if masked:
       row_segments = None if refs.row_segments is None else refs.row_segments[:, at]
-      s = tile.hide(s, part, self.new_left, row_segments, refs.key_segments)
+      left, axis = self.new_left, rows.layout.KEYS
+      s = tile.hide(s, strip, left, row_segments, refs.key_segments, keys=axis)
     return s
 
-  def values(self, part, masked):
+  def values(self, strip, masked):
     """A strip of the old block."""
-    v = self.refs.v[part, :]
-    return tile.clear_behind(v, part, self.old_left) if masked else v
+    v = self.refs.v[strip, :]
+    return tile.clear_behind(v, strip, self.old_left) if masked else v
 
   def advance(self, r, *, consume, produce, masked=False):
     """Consumes the waiting scores of chunk r and puts those of the new block in their place."""
-    refs = self.refs
-    if consume:
-      peak = jnp.maximum(refs.peak[r], jnp.max(refs.highest[r], axis=0, keepdims=True))
-      shrink = jnp.exp2(refs.peak[r] - peak)
-      refs.peak[r] = peak
-      total, acc = refs.total[r] * shrink, refs.acc[r] * shrink
-    highest = None
-    for part in self.strips:
+    sums = [rows.begin(r) for rows in self.parts] if consume else []
+    highest: list[Any] = [None] * len(self.parts)
+    for strip in self.strips:
+      for i, rows in enumerate(self.parts):
+        if produce:
+          s = self.score(rows, r, strip, masked)
+          top = rows.layout.some(s, jnp.max)
+          highest[i] = top if highest[i] is None else jnp.maximum(highest[i], top)
+        if consume:
+          sums[i] = rows.consume(r, strip, self.values(strip, masked), sums[i])
+        if produce:
+          rows.scores[r, *rows.layout.strip(strip)] = s
+    for i, rows in enumerate(self.parts):
       if produce:
-        s = self.score(r, part, masked)
-        top = tile.halve(s, jnp.max)
-        highest = top if highest is None else jnp.maximum(highest, top)
+        rows.highest[r] = highest[i]
       if consume:
-        p = jnp.exp2(refs.scores[r, part] - peak)
-        total += tile.halve(p, jnp.sum)
-        v = self.values(part, masked)
-        acc += tile.dot(v, p.astype(v.dtype), tile.COLUMNS_OF_BOTH)
-      if produce:
-        refs.scores[r, part] = s
-    if produce:
-      refs.highest[r] = highest
-    if consume:
-      refs.total[r], refs.acc[r] = total, acc
+        _, rows.total[r], rows.acc[r] = sums[i]
 
   def advance_together(self, chunks):
     """`advance` of chunks whose tiles are all seen as a whole.
@@ -154,19 +139,21 @@ class _Step(NamedTuple):
 
   def start(self):
     """No row has seen a key."""
-    refs = self.refs
-    refs.peak[...] = jnp.full_like(refs.peak, HIDDEN_SCORE)
-    refs.total[...] = jnp.zeros_like(refs.total)
-    refs.acc[...] = jnp.zeros_like(refs.acc)
+    for rows in self.parts:
+      rows.peak[...] = jnp.full_like(rows.peak, HIDDEN_SCORE)
+      rows.total[...] = jnp.zeros_like(rows.total)
+      rows.acc[...] = jnp.zeros_like(rows.acc)
 
   def finish(self, r):
     """Output and log-sum-exp of chunk r; 0 and -inf where a row saw no key."""
-    refs, at = self.refs, self.rows(r)
-    seen = refs.peak[r] > HIDDEN_SCORE
-    total = jnp.where(seen, jnp.sum(refs.total[r], axis=0, keepdims=True), 1.0)
-    out = jnp.where(seen, refs.acc[r] / total, 0.0)
-    refs.out[at, :] = out.T.astype(refs.out.dtype)
-    refs.lse[:, at] = jnp.where(seen, refs.peak[r] * LN2 + jnp.log(total), -jnp.inf)
+    for rows in self.parts:
+      layout, at = rows.layout, rows.at(r)
+      seen = rows.peak[r] > HIDDEN_SCORE
+      total = jnp.where(seen, layout.whole(rows.total[r], jnp.sum), 1.0)
+      out = jnp.where(seen, rows.acc[r] / total, 0.0)
+      self.refs.out[at, :] = layout.upright(out).astype(self.refs.out.dtype)
+      lse = jnp.where(seen, rows.peak[r] * LN2 + jnp.log(total), -jnp.inf)
+      self.refs.lse[:, at] = layout.line(lse)
 
 
 def _kernel(
@@ -175,19 +162,20 @@ def _kernel(
   front_ref,
   back_ref,
   *refs,
-  strip: int,
+  blocks: ForwardBlocks,
   order: _Order,
   total_chunks: int,
   segmented: bool,
 ):
   """All chunks of a block of rows; for the grid see `_grid`."""
   del front_ref, back_ref
-  refs = _Refs(*(refs if segmented else (*refs[:3], None, None, *refs[3:])))
+  blocked = _Refs(*(refs[:7] if segmented else (*refs[:3], None, None, *refs[3:5])))
+  parts = rows_of_chunk(blocks.chunk, refs[7 if segmented else 5 :])
   b, i, s = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-  num_chunks, key_block, _ = refs.scores.shape
+  num_chunks, key_block = blocks.row_block // blocks.chunk, blocks.key_block
   (_, old), (_, new) = order.at(s - 1), order.at(s)
   old_left, new_left = (lengths_ref[b] - x * key_block for x in (old, new))
-  step = _Step(refs, tile.strips_of(key_block, strip), old_left, new_left)
+  step = _Step(blocked, parts, tile.strips_of(key_block, blocks.strip), old_left, new_left)
 
   def kinds(r):
     """What the tiles of chunk r need: with the old block, and with the new one."""
@@ -234,7 +222,7 @@ def _grid(B: int, KB: int, R: int, W: int, order: _Order, blocks: ForwardBlocks,
   Its axes are the batch, the pipelines, the blocks of rows, and a pipeline's steps, one for each of
   its blocks of keys and one to consume the last.
   """
-  key_block, chunk, num_chunks = blocks.key_block, blocks.chunk, blocks.row_block // blocks.chunk
+  key_block, num_chunks = blocks.key_block, blocks.row_block // blocks.chunk
   old, new = 1, 0  # Steps by which they lie behind.
 
   def heads(p, s, delay):
@@ -262,14 +250,15 @@ def _grid(B: int, KB: int, R: int, W: int, order: _Order, blocks: ForwardBlocks,
       pl.BlockSpec((None, 1, blocks.row_block), lambda b, p, i, s, *_: (b, 0, i)),
       tile.key_segments_spec(key_block, keys(new)),
     ]
-  # Of a row: peak, total, acc, scores, highest.
-  depths = (1, SUBLANES, W, key_block, SUBLANES)
   return pltpu.PrefetchScalarGridSpec(
     num_scalar_prefetch=len(Tiles.__dataclass_fields__),
     grid=(B, KB // order.heads, R // blocks.row_block, order.heads * order.num_blocks + 1),
     in_specs=in_specs,
     out_specs=[rows(old), line],
-    scratch_shapes=[pltpu.VMEM((num_chunks, depth, chunk), jnp.float32) for depth in depths],
+    scratch_shapes=[
+      pltpu.VMEM((num_chunks, *shape), jnp.float32)
+      for shape in scratch_shapes(blocks.chunk, key_block, W)
+    ],
   )
 
 
@@ -300,7 +289,7 @@ def forward(
   order = _Order(KB // pipelines, -(-fold.keys // blocks.key_block))
   kernel = functools.partial(
     _kernel,
-    strip=blocks.strip,
+    blocks=blocks,
     order=order,
     total_chunks=R // blocks.chunk,
     segmented=segments is not None,

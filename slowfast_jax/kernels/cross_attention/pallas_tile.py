@@ -34,20 +34,23 @@ def halve(x, combine):
   return combine(x.reshape(-1, SUBLANES, x.shape[1]), axis=0)
 
 
-def hide(s, part, left, row_segments, key_segments):
+def hide(s, part, left, row_segments, key_segments, keys: int = 0):
   """Replaces the scores of a strip that do not count.
 
   Args:
-    s: scores, [keys, rows].
+    s: scores, [keys, rows] or [rows, keys].
     part: where in the block the strip lies, a slice.
     left: valid keys of the block, may be more than it holds.
     row_segments: [1, rows], or None.
     key_segments: those of the whole block, [1, keys], together with `row_segments`.
+    keys: the axis of the keys.
   """
-  mask = jax.lax.broadcasted_iota(jnp.int32, s.shape, 0) < left - part.start
+  mask = jax.lax.broadcasted_iota(jnp.int32, s.shape, keys) < left - part.start
   if row_segments is not None:
-    column = jnp.broadcast_to(key_segments[:, part], (SUBLANES, s.shape[0])).T[:, :1]
-    mask &= column == row_segments
+    segments = key_segments[:, part]
+    upright, lying = (segments, row_segments) if keys == 0 else (row_segments, segments)
+    column = jnp.broadcast_to(upright, (SUBLANES, s.shape[0])).T[:, :1]
+    mask &= column == lying
   return jnp.where(mask, s, HIDDEN_SCORE)
 
 
