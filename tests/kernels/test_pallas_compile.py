@@ -37,11 +37,12 @@ def test_projected_keys_are_not_copied_and_scores_never_reach_memory():
 def test_memory_is_linear_in_the_keys():
   """Forward and backward hold nothing of the size of queries x keys (large: none is in VMEM).
 
-  Two sizes here; `slowfast bench kernel --static` fits four.
+  Two sizes here, and few queries, which compile soonest; `slowfast bench kernel --static` fits four
+  sizes with 64.
   """
   sizes = (40_960, 81_920)
-  cases = [["backward", {"queries": 64, "keys": s}, []] for s in sizes]
+  cases = [["backward", {"queries": 16, "keys": s}, []] for s in sizes]
   found = compile_cases("v5e:2x2", cases)
   assert fit_exponent(sizes, [sum(x["memory"].values()) for x in found]) <= 1.02
   for size, x in zip(sizes, found):
-    assert not scores_in_memory(x["arrays"], size, (64, 448))
+    assert not scores_in_memory(x["arrays"], size, (16, 112))

@@ -22,7 +22,7 @@ from slowfast_jax.kernels.cross_attention import pallas_tile as tile
 from slowfast_jax.kernels.cross_attention.blocks import ForwardBlocks
 from slowfast_jax.kernels.cross_attention.pallas_rows import Rows, rows_of_chunk, scratch_shapes
 from slowfast_jax.kernels.cross_attention.pallas_tile import HIDDEN_SCORE, LN2
-from slowfast_jax.kernels.cross_attention.tiling import HIDDEN, INTERIOR, MASKED, TAIL, Fold, Tiles
+from slowfast_jax.kernels.cross_attention.tiling import HIDDEN, INTERIOR, MASKED, Fold, Tiles
 
 
 class _Order(NamedTuple):
@@ -129,13 +129,16 @@ class _Step(NamedTuple):
       self.advance(r, consume=True, produce=True)
 
   def advance_as_needed(self, r, old, new):
-    """`advance` for what the tiles of the old and the new block need."""
-    careful = (new == MASKED) | (new == TAIL) | (old == TAIL)
-    for consume, produce in ((True, True), (True, False), (False, True)):
-      this = ((old != HIDDEN) == consume) & ((new != HIDDEN) == produce)
-      for masked in (False, True):
-        step = functools.partial(self.advance, r, consume=consume, produce=produce, masked=masked)
-        pl.when(this & (careful == masked))(step)
+    """`advance` for what the tiles of the old and the new block need.
+
+    Only what happens most has code of its own without masks: each case is as long as the others.
+    """
+    consume, produce = old != HIDDEN, new != HIDDEN
+    plain = ((old == INTERIOR) | (old == MASKED)) & (new == INTERIOR)
+    pl.when(plain)(functools.partial(self.advance, r, consume=True, produce=True))
+    for case in ((True, True), (True, False), (False, True)):
+      step = functools.partial(self.advance, r, consume=case[0], produce=case[1], masked=True)
+      pl.when(~plain & (consume == case[0]) & (produce == case[1]))(step)
 
   def start(self):
     """No row has seen a key."""
