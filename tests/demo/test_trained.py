@@ -12,7 +12,7 @@ import contextlib, dataclasses, pathlib
 from slowfast_jax.demo.run import STAGES, Demo, Size
 
 size = Size(
-  num_train=480, num_test=40, num_stills=2400, align_steps=250, stills_steps=450, steps=360
+  num_train=420, num_test=40, num_stills=2000, align_steps=200, stills_steps=450, steps=340
 )
 watch = lambda title, unit: contextlib.nullcontext(lambda *args, **kwargs: None)
 demo = Demo(pathlib.Path("demo"), size, 0, watch)
