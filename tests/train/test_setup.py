@@ -89,6 +89,10 @@ def test_the_compiler_is_told_what_the_chips_can_and_what_the_config_says(data):
   assert not of_v6e[name]
   assert of_v6e["xla_tpu_enable_sparse_core_collective_offload_reduce_scatter"]
   assert of_v6e["xla_b"] == 1
+  assert of_v6e["xla_tpu_scoped_vmem_limit_kib"] == 65536
+  chunks = make_plan(tiny_config(data, "train.frame_chunk=1"))
+  of_chunks = compiler_options(dataclasses.replace(chunks, mesh=mesh))
+  assert "xla_tpu_scoped_vmem_limit_kib" not in of_chunks
 
 
 def test_optimizer_config_takes_its_length_from_the_steps(data):
