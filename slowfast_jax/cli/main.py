@@ -41,7 +41,16 @@ _OVERRIDE = re.compile(r"--config(\.\w+)+=.*", re.DOTALL)
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one verb. Returns 0 done, 1 failed, 2 wrong usage, 42 preempted and saved, 130 stopped."""
-  argv = list(sys.argv[1:] if argv is None else argv)
+  try:
+    code = _run(list(sys.argv[1:] if argv is None else argv))
+    sys.stdout.flush()
+    return code
+  except BrokenPipeError:  # `slowfast inspect ... | head`: the reader has seen enough.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return DONE
+
+
+def _run(argv: list[str]) -> int:
   try:
     return _dispatch(argv)
   except SystemExit as stop:  # How argparse leaves: 0 after --help, 2 on wrong usage.
@@ -49,9 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   except UserError as error:
     _say(argv, str(error))
     return USAGE if isinstance(error, UsageError) else FAILED
-  except BrokenPipeError:  # `slowfast inspect ... | head`: the reader has seen enough.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return DONE
   except OSError as error:
     if error.filename is None:  # Not about a file that the user named: a bug, so show where.
       raise

@@ -77,8 +77,8 @@ def test_the_grid_counts_a_tile_of_the_table_for_its_chip(monkeypatch):
 
   monkeypatch.setattr(kernel_grid, "cached_schedule", schedule)
   row = kernel_grid.compute_row("ours", "v5e", Shape(64, 10_368), 1.0)
-  # 64 x 7 rows fill a chunk of 512; three blocks of 3,456 keys.
-  assert row.share == pytest.approx(4 * 512 * 3_456 * 128 / 131_072 / 32_768)
+  # 64 x 7 rows are one chunk; three blocks of 3,456 keys.
+  assert row.share == pytest.approx(4 * 448 * 3_456 * 128 / 131_072 / 32_768)
 
 
 def test_a_dash_stands_for_what_the_compiler_does_not_say():

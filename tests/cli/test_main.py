@@ -118,9 +118,10 @@ def test_bugs_keep_their_traceback(verb, error):
     cli.main(["train", "--config=x"])
 
 
-def test_a_reader_that_stops_early_is_no_error():
+@pytest.mark.parametrize("words", [["doctor", "--json"], ["compile", "--help"]], ids=" ".join)
+def test_a_reader_that_stops_early_is_no_error(words):
   process = subprocess.Popen(
-    [sys.executable, "-m", "slowfast_jax.cli.main", "doctor", "--json"],
+    [sys.executable, "-m", "slowfast_jax.cli.main", *words],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
