@@ -121,7 +121,7 @@ def demo_run(tmp_path_factory):
   own = tmp_path_factory.getbasetemp()
   folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "demo"
   folder.mkdir(exist_ok=True)
-  shell, ended = Shell(folder, optimised=True), folder / "ended.pickle"
+  shell, ended = Shell(folder), folder / "ended.pickle"
   command = "slowfast demo --workdir runs/demo --fast"
   with filelock.FileLock(folder / "lock"):
     if not ended.exists():
