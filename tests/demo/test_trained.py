@@ -12,7 +12,7 @@ import contextlib, dataclasses, pathlib
 from slowfast_jax.demo.run import STAGES, Demo, Size
 
 size = Size(
-  num_train=420, num_test=32, num_stills=2000, align_steps=200, stills_steps=450, steps=340
+  num_train=420, num_test=40, num_stills=2000, align_steps=200, stills_steps=450, steps=340
 )
 watch = lambda title, unit: contextlib.nullcontext(lambda *args, **kwargs: None)
 demo = Demo(pathlib.Path("demo"), size, 0, watch)
@@ -38,12 +38,12 @@ def report(tmp_path_factory):
 @pytest.mark.slow
 def test_the_gain_comes_from_the_slow_tokens(report):
   """Without its slow tokens the trained slow-fast model is no better than the fast-only one."""
-  # An accuracy of one third, out of 96 answers, has a standard deviation of 0.048, and the
-  # difference of two 0.068; the bounds are three of them.
-  assert report["num_questions"] == 96
+  # An accuracy of one third, out of 120 answers, has a standard deviation of 0.043, and the
+  # difference of two 0.061; the bounds are three of them.
+  assert report["num_questions"] == 120
   assert report["slow_fast_accuracy"] - report["fast_only_accuracy"] > 0.3
-  assert report["zeroed_slow_accuracy"] - report["fast_only_accuracy"] < 0.2
-  assert abs(report["fast_only_accuracy"] - report["chance"]) < 0.144
+  assert report["zeroed_slow_accuracy"] - report["fast_only_accuracy"] < 0.18
+  assert abs(report["fast_only_accuracy"] - report["chance"]) < 0.13
 
 
 @pytest.mark.slow
