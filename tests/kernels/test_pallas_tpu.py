@@ -176,7 +176,7 @@ def test_any_shape(sizes, masks, seed, transposed):
 def test_no_races_and_nothing_uninitialized_is_read():
   """Under the interpreter that simulates a TPU's memories and DMAs."""
   rng = np.random.default_rng(2)
-  q, k, v = (jnp.asarray(x, jnp.float32) for x in oracle.draw(rng, 1, 100, 500, 1, 2, 128)[:3])
+  q, k, v = (jnp.asarray(x, jnp.float32) for x in oracle.draw(rng, 1, 100, 500, 2, 2, 128)[:3])
   simulated = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
   lengths = jnp.array([400], jnp.int32)
 

@@ -150,13 +150,13 @@ def _keys(keys: int, largest: int) -> int:
 
 def _forward(chip: _Chip, fold: Fold, itemsize: int) -> ForwardBlocks:
   chunk, row_block = _rows(fold.rows, chip.chunk, ROW_BLOCK)
-  if LANES < round_up(fold.rows, 64) < chunk and not chip.wide:
-    chunk = row_block = round_up(fold.rows, 64)
+  exact = round_up(fold.rows, LANES // 2)
+  if LANES < exact < chunk and not chip.wide:
+    chunk = row_block = exact
   many = fold.keys * fold.blocks_of_heads >= MANY_KEYS * chip.cores
   largest = chip.many_key_block if many else chip.key_block
-  while (
-    largest > 256 and _forward_bytes(largest, row_block, fold.width, itemsize) > chip.vmem * 0.85
-  ):
+  sizes = fold.width, itemsize
+  while largest > 256 and _forward_bytes(largest, row_block, *sizes) > chip.vmem * 0.85:
     if largest > 512 or row_block <= chunk:
       # 8192, 6144, 4096, 3072 and so on.
       largest = largest * 2 // 3 if largest % 3 == 0 else largest * 3 // 4
