@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int
 from slowfast_jax.checkpoints.export import Export
 from slowfast_jax.checkpoints.parts import Cut, Locate, Piece, cuts
 from slowfast_jax.checkpoints.tables import official_slots, split_axis
-from slowfast_jax.checkpoints.trees import abstract_state, axes_of, flatten, unflatten
+from slowfast_jax.checkpoints.trees import axes_of, flatten, unflatten, with_shardings
 from slowfast_jax.errors import UserError
-from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig
+from slowfast_jax.models.slowfast import SlowFastConfig, abstract_params
 from slowfast_jax.sharding import make_mesh, sharding_of
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -44,19 +44,13 @@ class Source:
   num_bytes: int
 
 
-@functools.lru_cache(maxsize=8)
-def parameter_state(model: SlowFastConfig) -> nnx.State:
-  """Shapes and axes of all parameters; nothing is computed."""
-  return jax.eval_shape(lambda: nnx.state(SlowFast(model, rngs=nnx.Rngs(0))))
-
-
 def parameter_shapes(model: SlowFastConfig) -> dict[str, tuple[int, ...]]:
-  return {name: tuple(leaf.shape) for name, leaf in flatten(parameter_state(model)).items()}
+  return {name: tuple(leaf.shape) for name, leaf in flatten(abstract_params(model)).items()}
 
 
 def parameter_cuts(model: SlowFastConfig) -> Callable[[str, int], list[Cut]]:
   """How the parameters of this model are cut: (name, bytes of a number) -> its pieces."""
-  shapes, axes = parameter_shapes(model), axes_of(parameter_state(model))
+  shapes, axes = parameter_shapes(model), axes_of(abstract_params(model))
   along = {
     slot.param: split_axis(slot.pattern)
     for slot in official_slots(model, shapes)
@@ -118,8 +112,8 @@ def place(source: Source, mesh: Mesh | None = None, dtype: str | None = None) ->
   wanted = check_dtype(dtype)
   mesh = make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
   model = source.export.model
-  abstract = abstract_state(lambda: nnx.state(SlowFast(model, rngs=nnx.Rngs(0))), mesh)
-  axes = axes_of(parameter_state(model))
+  abstract = with_shardings(abstract_params(model), mesh)
+  axes = axes_of(abstract_params(model))
 
   def locate(name: str, shape: tuple[int, ...], axis: int | None) -> jax.sharding.Sharding:
     # A piece is small: whole along the axis that it is written into.

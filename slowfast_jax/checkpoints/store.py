@@ -26,29 +26,29 @@ from slowfast_jax.checkpoints.export import Export, HubFiles, VideoConfig
 from slowfast_jax.checkpoints.folders import replaced
 from slowfast_jax.checkpoints.hub_files import TOKENIZER_FILES, read_hub_files, write_hub_files
 from slowfast_jax.checkpoints.parts import PartsReader, PartsWriter
-from slowfast_jax.checkpoints.source import Source, check_dtype, parameter_state, place, source_of
+from slowfast_jax.checkpoints.source import Source, check_dtype, place, source_of
 from slowfast_jax.checkpoints.trees import (
-  abstract_state,
   first_line,
   flatten,
   read_arrays,
   unflatten,
+  with_shardings,
 )
 from slowfast_jax.data.tokenizer import Tokenizer
 from slowfast_jax.errors import UserError
-from slowfast_jax.models.slowfast import SlowFastConfig
+from slowfast_jax.models.slowfast import SlowFastConfig, abstract_params
 
 __all__ = [
   "Checkpoints",
   "Export",
   "Restored",
   "VideoConfig",
-  "abstract_state",
   "flatten",
   "load_export",
   "open_export",
   "save_export",
   "unflatten",
+  "with_shardings",
   "write_export",
 ]
 
@@ -145,7 +145,7 @@ class Checkpoints:
     """The newest state that can be read, or None if there is none.
 
     Args:
-      abstract: shapes, dtypes and shardings, see `abstract_state`.
+      abstract: shapes, dtypes and shardings, see `with_shardings`.
       check: is given `run` before anything large is read; raises what should stop the restoring.
       only: the step of the one that is read; None: the newest that can be.
 
@@ -251,7 +251,7 @@ def open_export(folder: str | os.PathLike) -> Source:
   if export.hub is not None:
     hub = read_hub_files(source / HUB_FOLDER, head_copy=export.hub.head_copy)
     export = dataclasses.replace(export, hub=hub)
-  reader = PartsReader(source / PARAMS_FOLDER, flatten(parameter_state(export.model)))
+  reader = PartsReader(source / PARAMS_FOLDER, flatten(abstract_params(export.model)))
   return Source(export, reader.dtypes, reader.pieces, reader.num_bytes)
 
 

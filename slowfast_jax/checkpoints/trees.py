@@ -6,7 +6,7 @@ their devices, whatever number of devices wrote them.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -32,9 +32,8 @@ def unflatten(like: T, leaves: Mapping[str, Any]) -> T:
   return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in flatten(like)])
 
 
-def abstract_state(init: Callable[..., T], mesh: Mesh, *args: Any) -> T:
-  """Shapes, dtypes and places on the mesh of what `init(*args)` returns; nothing is computed."""
-  shapes = jax.eval_shape(init, *args)
+def with_shardings(shapes: T, mesh: Mesh) -> T:
+  """Shapes, as of `jax.eval_shape`, with the places of their arrays on the mesh."""
   shardings = state_shardings(shapes, mesh)
   return jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

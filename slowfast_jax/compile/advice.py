@@ -8,7 +8,6 @@ pass is estimated from the layers' sizes.
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_collections
 
@@ -17,6 +16,7 @@ from slowfast_jax.compile.topology import GIB
 from slowfast_jax.errors import UserError
 from slowfast_jax.models.convnext import DOWNSAMPLE_STRIDE, MLP_RATIO, STEM_STRIDE
 from slowfast_jax.models.remat import REMAT
+from slowfast_jax.models.slowfast import abstract_params
 from slowfast_jax.models.vision import VisionConfig
 from slowfast_jax.models.vit import ViTConfig
 from slowfast_jax.train.optimizer import split_frozen
@@ -158,7 +158,7 @@ def _state_bytes(plan: Plan) -> int:
 def kept_bytes(plan: Plan) -> float:
   """About what a device keeps of all layers for the backward pass."""
   c, model = plan.config, plan.model
-  learning, _ = split_frozen(jax.eval_shape(plan.init, jax.random.key(0)).params, plan.optimizer)
+  learning, _ = split_frozen(abstract_params(model), plan.optimizer)
   mesh = plan.mesh.shape
   rows = c.data.batch_size / (mesh["data"] * mesh["fsdp"] * c.train.accumulation)
   size, policy = jnp.dtype(c.train.dtype).itemsize, c.train.remat

@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
-from slowfast_jax.checkpoints.trees import abstract_state
+from slowfast_jax.checkpoints.trees import with_shardings
 from slowfast_jax.errors import UserError
 from slowfast_jax.generate import programs
 from slowfast_jax.generate.engine import ENCODED_FRAMES
@@ -27,7 +26,7 @@ from slowfast_jax.generate.sampling import Sampling
 from slowfast_jax.models.cache import KVCache
 from slowfast_jax.models.compressor import pooling_matrix
 from slowfast_jax.models.hybrid import SlowKV
-from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig, graphdef_of
+from slowfast_jax.models.slowfast import SlowFastConfig, abstract_params, graphdef_of
 from slowfast_jax.sharding import make_mesh, sharding_of
 from slowfast_jax.train.flops import model_flops
 from slowfast_jax.train.optimizer import split_frozen
@@ -156,7 +155,7 @@ class _Generation:
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     # As the engine pads a batch.
     self.rows = -(-request.rows // shards) * shards
-    params = abstract_state(lambda: nnx.state(SlowFast(self.model, rngs=nnx.Rngs(0))), mesh)
+    params = with_shardings(abstract_params(self.model), mesh)
     self.params = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, self.dtype, sharding=x.sharding), params
     )

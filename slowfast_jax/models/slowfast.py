@@ -298,16 +298,24 @@ def map_in_chunks(
 
 
 @functools.cache
+def _abstract_model(cfg: SlowFastConfig) -> tuple[nnx.GraphDef, nnx.State]:
+  return nnx.split(nnx.eval_shape(lambda: SlowFast(cfg, rngs=nnx.Rngs(0))))
+
+
 def graphdef_of(cfg: SlowFastConfig) -> nnx.GraphDef:
   """The structure of `SlowFast(cfg)` without its arrays, for `nnx.merge`."""
-  return nnx.graphdef(nnx.eval_shape(lambda: SlowFast(cfg, rngs=nnx.Rngs(0))))
+  return _abstract_model(cfg)[0]
+
+
+def abstract_params(cfg: SlowFastConfig) -> nnx.State:
+  """Shapes, dtypes and axes of the parameters of `SlowFast(cfg)`; nothing is computed."""
+  return _abstract_model(cfg)[1]
 
 
 @functools.cache
 def num_params_by_part(cfg: SlowFastConfig) -> dict[str, int]:
   """Parameters of "vision", "projector", "decoder" and "adapters"; nothing is computed."""
-  state = jax.eval_shape(lambda: nnx.state(SlowFast(cfg, rngs=nnx.Rngs(0))))
   parts = dict.fromkeys(("vision", "projector", "decoder", "adapters"), 0)
-  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(cfg)):
     parts[path[0].key] += math.prod(leaf.shape)
   return parts

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from slowfast_jax.checkpoints.trees import abstract_state, flatten
+from slowfast_jax.checkpoints.trees import flatten, with_shardings
 from slowfast_jax.data.packing import Geometry, empty_row
 from slowfast_jax.data.pipeline import Bucket
 from slowfast_jax.errors import UserError
@@ -57,7 +57,7 @@ class Plan:
 
   def abstract_state(self) -> TrainState:
     """The state's shapes and its place on the mesh."""
-    return abstract_state(self.init, self.mesh, jax.random.key(0))
+    return with_shardings(jax.eval_shape(self.init, jax.random.key(0)), self.mesh)
 
   def abstract_batches(self) -> list[Batch]:
     """The shapes that steps have, and their place on the mesh: the first is the config's own."""

@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 
 from slowfast_jax.checkpoints.export import Export, VideoConfig
 from slowfast_jax.checkpoints.open import load_checkpoint
-from slowfast_jax.checkpoints.source import parameter_state
 from slowfast_jax.checkpoints.trees import flatten, unflatten
 from slowfast_jax.data.mixture import open_mixture
 from slowfast_jax.data.pipeline import TrainPipeline
@@ -30,7 +29,7 @@ from slowfast_jax.data.tokenizer import Tokenizer
 from slowfast_jax.errors import UserError
 from slowfast_jax.models.hybrid import adapters_from_decoder
 from slowfast_jax.models.lora import LORA, merge_lora
-from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig, graphdef_of
+from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig, abstract_params, graphdef_of
 from slowfast_jax.shapes import Batch
 from slowfast_jax.sharding import batch_sharding, sharded_init
 from slowfast_jax.train.plan import Plan, make_plan
@@ -58,7 +57,7 @@ class Setup(Plan):
     model = dataclasses.replace(self.model, lora=None)
     if self.model.lora is not None:
       merged = merge_lora(flatten(params), self.model.lora)
-      params = unflatten(parameter_state(model), merged)
+      params = unflatten(abstract_params(model), merged)
     return Export(model, params, self.tokenizer, video, c.system)
 
 

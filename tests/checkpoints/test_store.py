@@ -17,17 +17,17 @@ from slowfast_jax.checkpoints.store import (
   Checkpoints,
   Export,
   VideoConfig,
-  abstract_state,
   flatten,
   load_export,
   save_export,
   unflatten,
+  with_shardings,
 )
 from slowfast_jax.data.tokenizer import Tokenizer, train_tokenizer
 from slowfast_jax.errors import UserError
 from slowfast_jax.models.presets import build_config
 from slowfast_jax.models.rope import LlamaRopeScaling
-from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig, graphdef_of
+from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig, abstract_params, graphdef_of
 from slowfast_jax.sharding import make_mesh
 from slowfast_jax.train.optimizer import OptimizerConfig, make_optimizer
 
@@ -70,7 +70,7 @@ def train_state(mesh):
     params = nnx.state(SlowFast(MODEL, rngs=nnx.Rngs(0)))
     return {"step": jnp.int32(0), "params": params, "opt_state": OPTIMIZER.init(params)}
 
-  return abstract_state(init, mesh)
+  return with_shardings(jax.eval_shape(init), mesh)
 
 
 def small_state(value=0.0):
@@ -81,7 +81,7 @@ def small_state(value=0.0):
 
 def small_abstract(state=None):
   mesh = make_mesh({}, jax.devices()[:1])
-  return abstract_state(lambda: small_state() if state is None else state, mesh)
+  return with_shardings(jax.eval_shape(lambda: small_state() if state is None else state), mesh)
 
 
 def assert_equal(tree, expected):
@@ -263,7 +263,7 @@ def test_running_out_of_memory_is_not_taken_for_damage(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def export():
-  abstract = abstract_state(lambda: nnx.state(SlowFast(MODEL, rngs=nnx.Rngs(0))), mesh_of(data=1))
+  abstract = with_shardings(abstract_params(MODEL), mesh_of(data=1))
   tokenizer = train_tokenizer(["which colour flashed"] * 3, 290)
   video = VideoConfig(32, "fps", 1.5, "clip")
   return Export(MODEL, random_like(abstract), tokenizer, video, "You are terse.")

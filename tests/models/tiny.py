@@ -14,7 +14,13 @@ from slowfast_jax.data.chat import IMAGE_TOKEN
 from slowfast_jax.data.packing import Geometry, Sample, build_row, collate, empty_row
 from slowfast_jax.models.decoder import DecoderConfig
 from slowfast_jax.models.hybrid import HybridConfig
-from slowfast_jax.models.slowfast import CompressorConfig, SlowFast, SlowFastConfig, graphdef_of
+from slowfast_jax.models.slowfast import (
+  CompressorConfig,
+  SlowFast,
+  SlowFastConfig,
+  abstract_params,
+  graphdef_of,
+)
 from slowfast_jax.models.vit import ViTConfig
 from slowfast_jax.shapes import Batch
 
@@ -72,7 +78,7 @@ def random_module(make, seed: int = 0):
 
 @functools.cache
 def random_params(cfg: SlowFastConfig, seed: int) -> nnx.State:
-  return randomise(jax.eval_shape(lambda: nnx.state(SlowFast(cfg, rngs=nnx.Rngs(0)))), seed)
+  return randomise(abstract_params(cfg), seed)
 
 
 def random_model(cfg: SlowFastConfig = CONFIG, seed: int = 0) -> SlowFast:

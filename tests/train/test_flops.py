@@ -11,7 +11,7 @@ from flax import nnx
 from slowfast_jax.data.packing import collate, empty_row
 from slowfast_jax.models.lora import LoraConfig
 from slowfast_jax.models.presets import PRESETS, build_config
-from slowfast_jax.models.slowfast import SlowFast, graphdef_of
+from slowfast_jax.models.slowfast import abstract_params, graphdef_of
 from slowfast_jax.train.flops import model_flops, peak_flops, training_flops
 from slowfast_jax.train.plan import geometry_of
 
@@ -45,7 +45,7 @@ def flops_of(cfg):
 
 def counted_by_xla(cfg, geometry, wrap):
   row = jax.tree.map(jnp.asarray, collate([empty_row(geometry)]))
-  params = jax.eval_shape(lambda: nnx.state(SlowFast(cfg, rngs=nnx.Rngs(0))))
+  params = abstract_params(cfg)
 
   def loss(params):
     merged = nnx.merge(graphdef_of(cfg), params)
