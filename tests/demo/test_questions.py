@@ -2,6 +2,7 @@
 """The question set: true answers, no answer in the words, nothing for the fast tokens."""
 
 import dataclasses
+import functools
 import json
 import re
 from collections import Counter, defaultdict
@@ -49,10 +50,20 @@ def scenes_of(split, count, seed=0):
   }
 
 
-TEST = scenes_of("test", 84)
-QUESTIONS = balanced_questions(TEST, seed=0)
-TRAIN = scenes_of("train", 300)
-ENTRIES = training_annotations(TRAIN, Dialogues(), seed=0)
+# Computed when first asked for: every worker imports this module, and one needs them.
+@functools.cache
+def clips(split):
+  return scenes_of(split, {"test": 84, "train": 300}[split])
+
+
+@functools.cache
+def questions():
+  return balanced_questions(clips("test"), seed=0)
+
+
+@functools.cache
+def entries():
+  return training_annotations(clips("train"), Dialogues(), seed=0)
 
 
 def parse_turn(human):
@@ -95,11 +106,11 @@ def true_answer(scene, kind, text):
 
 
 def test_answers_are_true_and_options_complete():
-  for question in QUESTIONS:
+  for question in questions():
     kind, text = kind_of(question.question), question.question
     assert kind == question.kind
     answer = question.options["ABCD".index(question.answer)]
-    assert answer == true_answer(TEST[question.video], kind, text)
+    assert answer == true_answer(clips("test")[question.video], kind, text)
     expected = names_in(text) if kind == "first" else VALUES[kind]
     assert sorted(question.options) == sorted(expected)
     assert len(set(question.options)) == len(question.options)
@@ -124,7 +135,7 @@ def test_a_flash_named_by_colour_may_have_come_before_one_named_by_shape():
   """Were both always named alike, half of the words could not be an answer to the other half."""
   pairs = Counter(
     tuple(name in SHAPES for name in (fact.cue, fact.answer))
-    for scene in TEST.values()
+    for scene in clips("test").values()
     for fact in facts(scene, "first")
   )
   assert len(pairs) == 4
@@ -133,7 +144,7 @@ def test_a_flash_named_by_colour_may_have_come_before_one_named_by_shape():
 
 def test_every_scene_has_something_to_ask_of_every_kind():
   # Flashes of scene 38705 are three seconds apart at most, less the rounding of their difference.
-  for scene in [*TRAIN.values(), make_scene(38705, GEOMETRY)]:
+  for scene in [*clips("train").values(), make_scene(38705, GEOMETRY)]:
     assert all(facts(scene, kind) for kind in KINDS), scene.seed
 
 
@@ -146,8 +157,8 @@ def test_options_stand_in_every_order_around_the_answer():
 
 
 def test_windows_are_the_asked_flashes():
-  for question in QUESTIONS:
-    events = [TEST[question.video].events[i] for i in question.events]
+  for question in questions():
+    events = [clips("test")[question.video].events[i] for i in question.events]
     assert len(events) == (2 if question.kind == "first" else 1)
     np.testing.assert_allclose(question.windows, [(e.start, e.end) for e in events], atol=1e-3)
 
@@ -210,18 +221,18 @@ def readings(kind, text, options):
 def test_the_words_alone_do_not_help():
   """Majorities learned from the training conversations, by whatever the text offers."""
   letters, values = defaultdict(Counter), defaultdict(Counter)
-  for entry in ENTRIES:
+  for entry in entries():
     for human, reply in questions_of(entry):
       kind, text, options = parse_turn(human)
       if options:
         for reading in readings(kind, text, options).items():
           letters[reading]["ABCD"[options.index(reply)]] += 1
           values[reading][reply] += 1
-  chance = np.mean([1 / len(q.options) for q in QUESTIONS])
-  deviation = np.sqrt(chance * (1 - chance) / len(QUESTIONS))
+  chance = np.mean([1 / len(q.options) for q in questions()])
+  deviation = np.sqrt(chance * (1 - chance) / len(questions()))
   for name in readings("colour", "", [""]):
     by_letter, by_value = [], []
-    for q in QUESTIONS:
+    for q in questions():
       reading = (name, readings(q.kind, q.question, q.options)[name])
       by_letter.append(max("ABCD", key=lambda x, r=reading: letters[r][x]) == q.answer)
       guess = max(q.options, key=lambda x, r=reading: values[r][x])
@@ -232,8 +243,8 @@ def test_the_words_alone_do_not_help():
 
 def test_fast_frames_hardly_ever_show_what_is_asked():
   shown = []
-  for question in QUESTIONS:
-    scene = TEST[question.video]
+  for question in questions():
+    scene = clips("test")[question.video]
     times = sample_times(scene, GEOMETRY)
     for i in question.events:
       frames = event_frames(scene.events[i], times)
@@ -245,7 +256,8 @@ def test_fast_frames_hardly_ever_show_what_is_asked():
 def test_train_and_test_never_share_a_scene():
   assert set(scene_seeds(3, "train", 1_000_000)).isdisjoint(scene_seeds(3, "test", 1_000_000))
   assert set(scene_seeds(3, "test", 1_000_000)).isdisjoint(scene_seeds(4, "train", 1_000_000))
-  assert {s.fingerprint for s in TRAIN.values()}.isdisjoint(s.fingerprint for s in TEST.values())
+  trained, asked = ({s.fingerprint for s in clips(x).values()} for x in ("train", "test"))
+  assert trained.isdisjoint(asked)
   with pytest.raises(ValueError, match="at most 1000000 videos, got 0 and 1000001"):
     scene_seeds(0, "train", 1_000_001)
   with pytest.raises(ValueError, match="a seed from 0 to 499"):  # Stills have the seeds behind.
@@ -255,24 +267,24 @@ def test_train_and_test_never_share_a_scene():
 
 
 def test_conversations_are_well_formed():
-  for entry in ENTRIES:
+  for entry in entries():
     turns = entry["conversations"]
     assert [turn["from"] for turn in turns] == ["human", "gpt"] * 3
     assert [turn["value"].count("<video>") for turn in turns] == [1] + [0] * 5
     assert turns[0]["value"].startswith("<video>\n")
     captions = [is_caption(turn["value"]) for turn in turns[::2]]
     assert not any(captions[:-1]), "a caption tells everything: it comes last"
-  per_video = Counter(entry["video"] for entry in ENTRIES)
-  assert set(per_video) == set(TRAIN)
+  per_video = Counter(entry["video"] for entry in entries())
+  assert set(per_video) == set(clips("train"))
   assert set(per_video.values()) == {4}
 
 
 def test_training_answers_are_true():
   positions, kinds, opened = Counter(), Counter(), []
-  for entry in ENTRIES:
+  for entry in entries():
     for human, reply in questions_of(entry):
       kind, text, options = parse_turn(human)
-      assert reply == true_answer(TRAIN[entry["video"]], kind, text)
+      assert reply == true_answer(clips("train")[entry["video"]], kind, text)
       kinds[kind] += 1
       opened.append(options is None)
       if options:
@@ -287,8 +299,8 @@ def test_training_answers_are_true():
 
 def test_turns_of_a_conversation_are_about_different_flashes():
   repeated = 0
-  for entry in ENTRIES:
-    scene, flashes, questions = TRAIN[entry["video"]], [], []
+  for entry in entries():
+    scene, flashes, questions = clips("train")[entry["video"]], [], []
     for human, _ in questions_of(entry):
       kind, text, _ = parse_turn(human)
       questions.append((kind, frozenset(names_in(text))))
@@ -298,22 +310,22 @@ def test_turns_of_a_conversation_are_about_different_flashes():
     assert len(set(flashes)) == len(flashes)
     repeated += len(questions) - len(set(questions))
   # The same two flashes by the same two names, with either of them in turn.
-  assert repeated < 0.01 * len(ENTRIES)
+  assert repeated < 0.01 * len(entries())
 
 
 def test_captions_are_true():
   found = Counter()
-  for entry in ENTRIES:
+  for entry in entries():
     human, reply = (turn["value"] for turn in entry["conversations"][-2:])
     if not is_caption(human):
       found["none"] += 1
       continue
     by = next(key for key, request in CAPTION_REQUESTS.items() if request == human)
     found[by] += 1
-    scene = TRAIN[entry["video"]]
+    scene = clips("train")[entry["video"]]
     assert_caption_is_true(reply, scene, by)
-  assert 0.44 < found["none"] / len(ENTRIES) < 0.56, "half of them by default"
-  assert abs(found["colour"] - found["shape"]) < 0.15 * len(ENTRIES)
+  assert 0.44 < found["none"] / len(entries()) < 0.56, "half of them by default"
+  assert abs(found["colour"] - found["shape"]) < 0.15 * len(entries())
 
 
 def assert_caption_is_true(text, scene, by):
@@ -335,7 +347,7 @@ def assert_caption_is_true(text, scene, by):
 
 
 def test_a_caption_names_what_is_not_there():
-  scene = TEST["test-00000.mp4"]
+  scene = clips("test")["test-00000.mp4"]
   alone = dataclasses.replace(scene, events=scene.events[2:3])
   for by in CAPTION_REQUESTS:
     text = caption(alone, by)
@@ -355,7 +367,7 @@ def test_values_are_words_that_do_not_contain_each_other():
 @pytest.mark.parametrize("turns", [1, 2, 6])
 def test_dialogues_set_length_number_and_form(turns, open_share, caption_share):
   dialogues = Dialogues(2, turns, open_share, caption_share)
-  entries = training_annotations(dict(list(TRAIN.items())[:5]), dialogues, seed=0)
+  entries = training_annotations(dict(list(clips("train").items())[:5]), dialogues, seed=0)
   assert len(entries) == len({entry["id"] for entry in entries}) == 10
   for entry in entries:
     assert len(entry["conversations"]) == 2 * turns
@@ -365,9 +377,9 @@ def test_dialogues_set_length_number_and_form(turns, open_share, caption_share):
 
 
 def test_annotations_are_a_function_of_scenes_and_seed():
-  few = dict(list(TRAIN.items())[:5])
-  assert training_annotations(few, Dialogues(), 0) == ENTRIES[:20]
-  assert training_annotations(few, Dialogues(), 1) != ENTRIES[:20]
+  few = dict(list(clips("train").items())[:5])
+  assert training_annotations(few, Dialogues(), 0) == entries()[:20]
+  assert training_annotations(few, Dialogues(), 1) != entries()[:20]
 
 
 @pytest.mark.parametrize("bad", [(0, 3, 0.5, 0.5), (1, 0, 0.5, 0.5), (1, 3, 1.5, 0), (1, 3, 0, -1)])
