@@ -26,7 +26,7 @@ from slowfast_jax.models.slowfast import SlowFastConfig
 from slowfast_jax.shapes import Batch
 from slowfast_jax.sharding import batch_sharding, make_mesh
 from slowfast_jax.train.optimizer import OptimizerConfig, split_frozen
-from slowfast_jax.train.step import TrainState, init_state, make_train_step
+from slowfast_jax.train.step import TrainState, init_state, make_train_step, state_shapes
 
 DTYPES = ("float32", "bfloat16")
 
@@ -57,7 +57,7 @@ class Plan:
 
   def abstract_state(self) -> TrainState:
     """The state's shapes and its place on the mesh."""
-    return with_shardings(jax.eval_shape(self.init, jax.random.key(0)), self.mesh)
+    return with_shardings(state_shapes(self.model, self.optimizer), self.mesh)
 
   def abstract_batches(self) -> list[Batch]:
     """The shapes that steps have, and their place on the mesh: the first is the config's own."""
@@ -97,7 +97,7 @@ def make_plan(config: ml_collections.ConfigDict, devices: list | None = None) ->
   for rows in (c.data.batch_size, *(bucket.batch_size for bucket in buckets)):
     _check_rows(mesh, rows, c.train.accumulation)
   plan = Plan(c, model, mesh, optimizer_config(c), geometry, buckets)
-  params = jax.eval_shape(plan.init, jax.random.key(0)).params
+  params = state_shapes(model, plan.optimizer).params
   learning = flatten(split_frozen(params, plan.optimizer)[0])
   if not learning:
     raise UserError(f"optimizer.groups freezes every parameter: {plan.optimizer.groups}.")

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int
 
-from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig, graphdef_of
+from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig, abstract_params, graphdef_of
 from slowfast_jax.shapes import Batch
 from slowfast_jax.sharding import constrain, constrain_state
 from slowfast_jax.train.losses import chunk_length, next_token_loss, total_weight
@@ -40,7 +40,15 @@ def init_state(
   cfg: SlowFastConfig, optimizer_config: OptimizerConfig, key: jax.Array
 ) -> TrainState:
   """A fresh model and optimiser."""
-  params = nnx.state(SlowFast(cfg, rngs=nnx.Rngs(key)))
+  return _start(nnx.state(SlowFast(cfg, rngs=nnx.Rngs(key))), optimizer_config)
+
+
+def state_shapes(cfg: SlowFastConfig, optimizer_config: OptimizerConfig) -> TrainState:
+  """Shapes, dtypes and axes of what `init_state` returns; nothing is computed."""
+  return jax.eval_shape(lambda params: _start(params, optimizer_config), abstract_params(cfg))
+
+
+def _start(params: nnx.State, optimizer_config: OptimizerConfig) -> TrainState:
   learning, _ = split_frozen(params, optimizer_config)
   return TrainState(
     jnp.zeros((), jnp.int32), params, make_optimizer(optimizer_config).init(learning)
