@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes of four devices are one run: same losses, same step at which both stop."""
+"""Two processes of two devices are one run: same losses, same step at which both stop."""
 
 import contextlib
 import json
@@ -112,12 +112,12 @@ def test_two_processes_are_one_run_and_one_process_goes_on_with_it(data, tmp_pat
     codes, shown = finish(running)
     assert codes == [0], shown
   more = ("mesh.fsdp=2", "train.steps=1000", *questions(tmp_path))
-  with started(data, tmp_path / "two", *more, processes=2, devices=4) as running:
+  with started(data, tmp_path / "two", *more, processes=2, devices=2) as running:
     wait_for_step(running, tmp_path / "two", LONG_ENOUGH)
     running[1].send_signal(signal.SIGTERM)
     codes, shown = finish(running)
   assert codes == [42, 42], shown
-  assert "8 cpu (data 4, fsdp 2)" in shown[0]
+  assert "4 cpu (data 2, fsdp 2)" in shown[0]
   both = losses(tmp_path / "two")
   (saved,) = [int(path.name) for path in (tmp_path / "two" / "checkpoints").iterdir()]
   assert max(both) == saved, "both stop after one step, and that is saved"
@@ -137,7 +137,7 @@ def test_two_processes_are_one_run_and_one_process_goes_on_with_it(data, tmp_pat
 
 
 def test_a_process_that_must_leave_while_compiling_takes_the_others_along(data, tmp_path):
-  with started(data, tmp_path, processes=2, devices=4) as running:
+  with started(data, tmp_path, processes=2, devices=2) as running:
     for line in running[0].stdout:
       if line.startswith("compiling"):
         break
