@@ -172,20 +172,3 @@ class Schedule:
   def _draw(self, bucket: int, position: int) -> tuple[int, int]:
     which, draw = self._draws[bucket][position]
     return self._sources[bucket][which], draw
-
-
-@dataclasses.dataclass(frozen=True)
-class Utilisation:
-  """How full the rows of an epoch are, with weights and buckets as they are."""
-
-  samples_per_row: float
-  positions: float
-  frames: float
-
-
-def utilisation(lengths: Lengths, geometry: Geometry, rows: Rows) -> Utilisation:
-  """The share of decoder positions and frames that hold something."""
-  needs = needs_of(lengths, geometry)
-  bounds = capacity(geometry)
-  filled = np.minimum(needs.stacked()[rows.samples], bounds).sum(axis=0) / (bounds * len(rows))
-  return Utilisation(len(rows.samples) / len(rows), float(filled[0]), float(filled[2]))
