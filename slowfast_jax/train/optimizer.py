@@ -35,7 +35,7 @@ class OptimizerConfig:
     schedule: "cosine", or "wsd": warm-up, stable, and a linear decay over the last `decay_steps`.
     decay_steps: of "wsd".
     weight_decay: on matrices only; norms, biases and gates are excluded.
-    max_grad_norm: gradients are scaled down to this global norm.
+    max_grad_norm: gradients are scaled down to this global norm; infinite: they never are.
     groups: (regex on the parameter path, learning-rate factor[, weight-decay factor]); the first
       match counts. Factor 0 freezes: such parameters get no gradient and no place in the
       optimiser's memory.
@@ -63,6 +63,17 @@ class OptimizerConfig:
     ):
       if value not in known:
         raise UserError(f"optimizer.{field} must be one of {known}, got {value!r}.")
+    # As "not", so that NaN is none of them.
+    for field in ("learning_rate", "max_grad_norm"):
+      if not (value := getattr(self, field)) > 0:
+        never = "; inf scales no gradient down" if field == "max_grad_norm" else ""
+        raise UserError(f"optimizer.{field} must be above 0, got {value}{never}.")
+    for field in ("warmup_steps", "decay_steps", "weight_decay", "final_fraction"):
+      if not (value := getattr(self, field)) >= 0:
+        raise UserError(f"optimizer.{field} must not be negative, got {value}.")
+    for field in ("b1", "b2"):
+      if not 0 <= (value := getattr(self, field)) < 1:
+        raise UserError(f"optimizer.{field} must be at least 0 and below 1, got {value}.")
     if not 0 < self.layer_decay <= 1:
       raise UserError(f"optimizer.layer_decay must be above 0, at most 1, got {self.layer_decay}.")
     if self.schedule == "wsd" and not (

@@ -121,6 +121,14 @@ def test_gradients_are_scaled_down_to_the_norm():
     assert values_of(update)["layer.kernel"] == pytest.approx(-expected * rate, rel=1e-4)
 
 
+def test_an_infinite_norm_leaves_gradients_as_they_are():
+  params = make_params(layer={"kernel": 0.0})
+  gradients = jax.tree.map(lambda x: jnp.full_like(x, 1e-3), params)
+  optimizer = make_optimizer(OptimizerConfig(0.1, 0, 100, max_grad_norm=float("inf")))
+  _, (_, adam, *_) = optimizer.update(gradients, optimizer.init(params), params)
+  np.testing.assert_allclose(jax.tree.leaves(adam.mu), 1e-4, rtol=1e-5)
+
+
 def test_the_optimiser_is_adamw():
   params = make_params(layer={"kernel": 0.5})
   config = OptimizerConfig(0.1, 0, 10**9, weight_decay=0.3, b1=0.9, b2=0.98, max_grad_norm=1e9)
@@ -236,6 +244,14 @@ def test_adafactor_remembers_sums_of_rows_and_columns(model):
     ({"schedule": "wsd"}, "optimizer.decay_steps .* at least 1 .* train.steps = 20, got 0"),
     ({"schedule": "wsd", "decay_steps": 17}, "between warmup_steps = 4 .*, got 17"),
     ({"layer_decay": 1.5}, "optimizer.layer_decay must be above 0, at most 1, got 1.5"),
+    ({"max_grad_norm": 0.0}, "optimizer.max_grad_norm must be above 0, got 0.0; inf scales no"),
+    ({"max_grad_norm": float("nan")}, "optimizer.max_grad_norm must be above 0, got nan"),
+    ({"learning_rate": -1e-3}, "optimizer.learning_rate must be above 0, got -0.001"),
+    ({"warmup_steps": -1}, "optimizer.warmup_steps must not be negative, got -1"),
+    ({"weight_decay": -0.1}, "optimizer.weight_decay must not be negative, got -0.1"),
+    ({"final_fraction": -0.1}, "optimizer.final_fraction must not be negative, got -0.1"),
+    ({"b1": 1.0}, "optimizer.b1 must be at least 0 and below 1, got 1.0"),
+    ({"b2": -0.5}, "optimizer.b2 must be at least 0 and below 1, got -0.5"),
     ({"groups": (("x",),)}, r"optimizer.groups: each must be \(regex, .*, got \('x',\)"),
     ({"groups": (("x", "y"),)}, "optimizer.groups: each must be"),
     ({"groups": (("x", -1.0),)}, "factors must not be negative"),
@@ -244,4 +260,4 @@ def test_adafactor_remembers_sums_of_rows_and_columns(model):
 )
 def test_what_makes_no_sense_is_named(fields, words):
   with pytest.raises(UserError, match=words):
-    OptimizerConfig(0.1, 4, 20, **fields)
+    OptimizerConfig(**{"learning_rate": 0.1, "warmup_steps": 4, "total_steps": 20} | fields)
