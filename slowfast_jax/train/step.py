@@ -93,7 +93,7 @@ def make_train_step(
       total=total,
       z_loss=z_loss,
       chunk=chunk_length(len(batch.tokens), cfg.decoder.vocab_size),
-      most=_most_learned(cfg, batch),
+      usual=_usually_learned(cfg, batch),
     )
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -119,8 +119,11 @@ def make_train_step(
   return train_step
 
 
-def _most_learned(cfg: SlowFastConfig, batch: Batch) -> int:
-  """Positions of a row that may be learned: their targets are text, and text asks the slow path."""
+def _usually_learned(cfg: SlowFastConfig, batch: Batch) -> int:
+  """Positions of a row that are learned at most, but of texts alone, which ask no slow path.
+
+  Where there are frames, targets are text, and text asks.
+  """
   asking = "text-only" if cfg.hybrid is None else cfg.hybrid.queries
   # Text of a system's prompt, which does not ask here, may be a target.
   every = asking == "text-only-masksystem"
