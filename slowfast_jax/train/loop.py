@@ -238,13 +238,15 @@ class _Run:
         recorder.flush()  # Waits for the step before, not for this one.
         asked, failed = told.tolist()
         recorder.add(step, metrics, begin.counts.failed_samples + failed, program.flops)
+        saved = False
         if asked or self._is_due(step):
           recorder.flush()
-          self._save(step, state, recorder)
+          saved = self._save(step, state, recorder)
         if asked:
           return state, PREEMPTED
         watch.rest()
-        self._evaluate(step, state)
+        if saved:
+          self._evaluate(step, state)
     return state, DONE
 
   def close(self) -> None:
@@ -259,13 +261,15 @@ class _Run:
     evaluated = self.evaluate is not None and step % options.eval_every == 0
     return step == options.steps or step % options.checkpoint_every == 0 or evaluated
 
-  def _save(self, step: int, state: TrainState, recorder: Recorder) -> None:
-    # A state in which steps are skipped may itself be the reason: the good one must stay.
+  def _save(self, step: int, state: TrainState, recorder: Recorder) -> bool:
+    """Whether it is saved: a state in which steps are skipped is not, but the last one."""
+    # It may itself be the reason: the good one must stay.
     if recorder.counts.skipped_in_a_row and step < self.options.steps:
-      return
+      return False
     self.metrics.flush()  # A run that goes on from this checkpoint does not write them again.
     self.scores.rate(step, recorder.latest, self.checkpoints.all_steps())
     self.checkpoints.save(step, state, run_facts(self.setup, recorder.counts))
+    return True
 
   def _evaluate(self, step: int, state: TrainState) -> None:
     """Evaluates the state, which is saved, unless that is done or not due."""

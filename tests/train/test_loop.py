@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 import signal
@@ -20,7 +21,7 @@ from etils import epath
 from slowfast_jax.checkpoints.store import Checkpoints, flatten, load_export
 from slowfast_jax.errors import UserError
 from slowfast_jax.sharding import make_mesh
-from slowfast_jax.train import resume
+from slowfast_jax.train import loop, resume
 from slowfast_jax.train.lines import read_lines
 from slowfast_jax.train.loop import train
 from slowfast_jax.train.program import compile_step
@@ -238,6 +239,33 @@ def test_losses_that_are_not_finite_end_the_run_name_the_records_and_save_nothin
   assert list((tmp_path / "checkpoints").iterdir()) == []
   assert [line["loss"] for line in lines(tmp_path)] == [None]
   assert not (tmp_path / "export").exists()
+
+
+def test_a_step_that_is_not_saved_is_not_evaluated(data, tmp_path, monkeypatch):
+  """It has nothing to come back to, should the process be asked to stop meanwhile."""
+  compile_steps = loop.compile_steps
+
+  def compile_steps_of_which_the_second_is_skipped(*args):
+    def spoiled(run, state, batch):
+      state, metrics = run(state, batch)
+      return state, metrics | {"loss": metrics["loss"] * (jnp.nan if state.step == 2 else 1)}
+
+    return {
+      shapes: dataclasses.replace(program, run=functools.partial(spoiled, program.run))
+      for shapes, program in compile_steps(*args).items()
+    }
+
+  monkeypatch.setattr(loop, "compile_steps", compile_steps_of_which_the_second_is_skipped)
+  seen = []
+
+  def evaluate(export, folder):
+    seen.append(int(folder.name))
+    return {"accuracy": 1.0}
+
+  config = config_of(data, "train.steps=4", "eval.every=2", "train.keep_best=accuracy")
+  assert train(config, str(tmp_path), evaluate=evaluate) == 0
+  assert seen == [4]
+  assert json.loads((tmp_path / "best.json").read_text())["scores"] == {"4": 1.0}
 
 
 def test_what_cannot_be_learned_is_told_before_compiling(data, tmp_path):
