@@ -56,6 +56,10 @@ class HybridConfig:
     """Depths of the hybrid layers of a decoder with `num_layers` layers."""
     return tuple(range(self.min_depth, min(self.max_depth, num_layers), self.every))
 
+  def warm_up_factor(self, alpha: Float[Array, "..."]) -> Float[Array, "..."]:
+    """What gates of a warm-up kind are multiplied with, of its scalar (semantics section 4)."""
+    return alpha if self.queries == "all" else jnp.tanh(alpha)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +179,7 @@ class HybridAdapter(nnx.Module):
       g = jnp.tanh(g)
     if self.warm_up is not None:
       # float32: one scalar's gradient is a sum over every position and channel.
-      alpha = self.warm_up[...]
-      # The "all" variant was trained with the bare scalar (semantics section 4).
-      g = g * (alpha if self.cfg.queries == "all" else jnp.tanh(alpha))
+      g = g * self.cfg.warm_up_factor(self.warm_up[...])
     return g
 
   def __call__(

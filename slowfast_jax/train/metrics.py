@@ -13,12 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from slowfast_jax.checkpoints.store import flatten
 from slowfast_jax.errors import UserError
+from slowfast_jax.models.slowfast import SlowFastConfig
 from slowfast_jax.shapes import Batch
 from slowfast_jax.train.lines import LineFile
+from slowfast_jax.train.optimizer import OptimizerConfig, learning_rate
 from slowfast_jax.train.resume import Counts
 from slowfast_jax.train.step import TrainState
 from slowfast_jax.train.telemetry import Telemetry
@@ -26,14 +27,14 @@ from slowfast_jax.train.telemetry import Telemetry
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def instrument(step: Step, schedule: optax.Schedule) -> Step:
+def instrument(step: Step, model: SlowFastConfig, optimizer: OptimizerConfig) -> Step:
   """The step with its learning rate, gates of its hybrid layers and size among the metrics."""
 
   def instrumented(state: TrainState, batch: Batch):
-    metrics = {"learning_rate": jnp.asarray(schedule(state.step), jnp.float32)} | _size(batch)
+    metrics = {"learning_rate": learning_rate(optimizer, state.opt_state)} | _size(batch)
     warm_up = flatten(state.params).get("adapters.warm_up")
-    if warm_up is not None:
-      metrics["gates"] = jnp.tanh(warm_up)[:, 0]
+    if warm_up is not None and model.hybrid is not None:
+      metrics["gates"] = model.hybrid.warm_up_factor(warm_up)[:, 0]
     state, more = step(state, batch)
     return state, more | metrics
 

@@ -100,6 +100,12 @@ def schedule(cfg: OptimizerConfig) -> optax.Schedule:
   return optax.join_schedules([rise, optax.constant_schedule(peak), fall], bounds)
 
 
+def learning_rate(cfg: OptimizerConfig, opt_state: optax.OptState) -> jax.Array:
+  """What the next update has, of `make_optimizer`. Updates that were skipped do not count."""
+  *_, of_schedule = opt_state
+  return jnp.asarray(schedule(cfg)(of_schedule.count), jnp.float32)
+
+
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
   """The chain: clip, direction, decay, factors of groups and layers, schedule."""
   return optax.chain(

@@ -18,7 +18,7 @@ from slowfast_jax.models.lora import LORA
 from slowfast_jax.shapes import Batch
 from slowfast_jax.train.flops import model_flops, training_flops
 from slowfast_jax.train.metrics import Step, instrument
-from slowfast_jax.train.optimizer import schedule, split_frozen
+from slowfast_jax.train.optimizer import split_frozen
 from slowfast_jax.train.plan import Plan
 from slowfast_jax.train.setup import Setup, place_batch
 from slowfast_jax.train.step import TrainState
@@ -73,7 +73,7 @@ def compile_step(setup: Plan, state: TrainState, batch: Batch, say: Say) -> Step
   """The step for batches of this one's shape; the state is donated to it."""
   shardings = jax.tree.map(lambda x: x.sharding, state)
   jitted = jax.jit(
-    instrument(setup.train_step(), schedule(setup.optimizer)),
+    instrument(setup.train_step(), setup.model, setup.optimizer),
     out_shardings=(shardings, NamedSharding(setup.mesh, PartitionSpec())),
     donate_argnums=0,
     compiler_options=compiler_options(setup),

@@ -87,7 +87,7 @@ def charts_of(
     Chart("Evaluation", "", {name: _curve(done, name) for name in sorted(metrics)}),
     Chart("Learning rate", "", {"": _curve(steps, "learning_rate")}),
     Chart("Gradient norm", "before clipping", norms),
-    Chart("Gates of the slow path", "tanh of the warm-up scalar", gates),
+    Chart("Gates of the slow path", "factor of the warm-up scalar", gates),
     Chart("Steps skipped", "so far", {"": _curve(steps, "skipped_steps")}),
     Chart("Tokens", "a second and chip", {"": _curve(clock, "tokens_per_second_per_chip")}),
     Chart("Frames", "a second and chip", {"": _curve(clock, "frames_per_second_per_chip")}),

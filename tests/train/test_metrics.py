@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """metrics.jsonl has every line once, and a run that diverges ends with the step's number."""
 
+import dataclasses
 import json
 
 import fsspec
@@ -13,11 +14,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from slowfast_jax.data.packing import Geometry, collate, empty_row
 from slowfast_jax.errors import UserError
+from slowfast_jax.models.hybrid import HybridConfig
 from slowfast_jax.train.best import Scores
 from slowfast_jax.train.lines import LineFile, read_lines
 from slowfast_jax.train.metrics import Recorder, instrument
+from slowfast_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slowfast_jax.train.resume import Counts
 from slowfast_jax.train.telemetry import Telemetry
+from tests.models.tiny import CONFIG as MODEL
 from tests.train.tiny_run import TrainState
 
 
@@ -126,19 +130,43 @@ def test_what_was_counted_before_an_interruption_counts(file):
     run_steps(made, [float("nan")], first=5)
 
 
-def test_the_rate_and_the_gates_are_those_that_the_step_ran_with():
+def empty_batch():
+  return collate([empty_row(Geometry(4, 8, 4, (8, 8), 1))])
+
+
+def test_the_rate_is_that_of_the_step_though_steps_before_were_skipped():
+  cfg = OptimizerConfig(0.1, 4, 12)
+  optimizer, params = make_optimizer(cfg), nnx.State({"x": nnx.Param(jnp.ones(()))})
+  opt_state = optimizer.init(params)
+  for step in range(3):  # The second is skipped: see `make_train_step`.
+    update, after = optimizer.update(params, opt_state, params)
+    state = TrainState(jnp.int32(step), params, opt_state)
+    _, got = instrument(lambda state, _: (state, {}), MODEL, cfg)(state, empty_batch())
+    # Adam's step is of size 1 while gradients stay the same.
+    np.testing.assert_allclose(-update["x"][...], got["learning_rate"], rtol=1e-5)
+    opt_state = opt_state if step == 1 else after
+
+
+@pytest.mark.parametrize(
+  ("queries", "gates"), [("text-only", np.tanh([0.5, -2.0])), ("all", [0.5, -2.0])]
+)
+def test_the_rate_and_the_gates_are_those_that_the_step_ran_with(queries, gates):
   def step(state, batch):
-    return TrainState(state.step + 1, state.params, ()), {"loss": jnp.sum(batch.targets)}
+    return dataclasses.replace(state, step=state.step + 1), {"loss": jnp.sum(batch.targets)}
 
-  batch = collate([empty_row(Geometry(4, 8, 4, (8, 8), 1))])
-
+  cfg = OptimizerConfig(0.1, 4, 12)
+  opt_state = make_optimizer(cfg).init(nnx.State({}))
+  opt_state = (*opt_state[:-1], opt_state[-1]._replace(count=jnp.int32(3)))
   adapters = {"warm_up": nnx.Param(jnp.array([[0.5], [-2.0]]))}
-  state = TrainState(jnp.int32(3), nnx.State({"adapters": adapters}), ())
-  _, got = instrument(step, lambda step: 0.5 * step)(state, batch)
+  state = TrainState(jnp.int32(3), nnx.State({"adapters": adapters}), opt_state)
+  model = dataclasses.replace(MODEL, hybrid=HybridConfig(every=1, queries=queries))
+  _, got = instrument(step, model, cfg)(state, empty_batch())
   assert got["loss"] == 0
-  np.testing.assert_allclose(got["learning_rate"], 1.5)
-  np.testing.assert_allclose(got["gates"], np.tanh([0.5, -2.0]), rtol=1e-6)
-  _, got = instrument(step, lambda step: 0.5)(TrainState(jnp.int32(0), nnx.State({}), ()), batch)
+  np.testing.assert_allclose(got["learning_rate"], 0.075, rtol=1e-6)
+  np.testing.assert_allclose(got["gates"], gates, rtol=1e-6)
+  fast_only = dataclasses.replace(MODEL, hybrid=None)
+  state = dataclasses.replace(state, params=nnx.State({}))
+  _, got = instrument(step, fast_only, cfg)(state, empty_batch())
   assert "gates" not in got
   assert (got["tokens"], got["frames"], got["samples"]) == (0, 0, 0)
 
