@@ -94,8 +94,9 @@ def make_plan(config: ml_collections.ConfigDict, devices: list | None = None) ->
   mesh = make_mesh(c.mesh.to_dict(), devices)
   model = model_config(c.model)
   geometry, buckets = geometry_of(model, c.data), _buckets(model, c.data)
-  for rows in (c.data.batch_size, *(bucket.batch_size for bucket in buckets)):
-    _check_rows(mesh, rows, c.train.accumulation)
+  _check_rows(mesh, c.data.batch_size, c.train.accumulation)
+  for i, bucket in enumerate(buckets):
+    _check_rows(mesh, bucket.batch_size, c.train.accumulation, _in_bucket(i))
   plan = Plan(c, model, mesh, optimizer_config(c), geometry, buckets)
   params = state_shapes(model, plan.optimizer).params
   learning = flatten(split_frozen(params, plan.optimizer)[0])
@@ -126,8 +127,13 @@ def _lora_config(c: ml_collections.ConfigDict) -> LoraConfig:
     raise UserError(f"model.lora: {error}") from error
 
 
-def geometry_of(model: SlowFastConfig, data: Mapping[str, Any]) -> Geometry:
+def geometry_of(model: SlowFastConfig, data: Mapping[str, Any], place: str = "data.") -> Geometry:
   """Static shapes of the rows that this model is trained on.
+
+  Args:
+    model: what is trained.
+    data: num_frames, decoder_length and text_bound.
+    place: what stands before their names in errors.
 
   Raises:
     UserError: the bounds leave no room, or the strides do not fit the frames' token grid.
@@ -141,6 +147,9 @@ def geometry_of(model: SlowFastConfig, data: Mapping[str, Any]) -> Geometry:
       f"model.compressor: strides {pooled} and {compressor.spatial_stride} leave nothing of "
       f"{vision.side} x {vision.side} tokens of a frame."
     )
+  for field in ("num_frames", "decoder_length", "text_bound"):
+    if data[field] < 1:
+      raise UserError(f"{place}{field} must be at least 1, got {data[field]}.")
   geometry = Geometry(
     num_frames=data["num_frames"],
     decoder_length=data["decoder_length"],
@@ -156,7 +165,7 @@ def geometry_of(model: SlowFastConfig, data: Mapping[str, Any]) -> Geometry:
   fast = geometry.num_fast_tokens(geometry.num_frames)
   if fast >= geometry.decoder_length:
     raise UserError(
-      f"data.decoder_length is {geometry.decoder_length}, and the {fast} fast tokens of "
+      f"{place}decoder_length is {geometry.decoder_length}, and the {fast} fast tokens of "
       f"{geometry.num_frames} frames leave no room in it for text; raise it, or compress more."
     )
   return geometry
@@ -194,13 +203,13 @@ def _check_train(c: ml_collections.ConfigDict) -> None:
       raise UserError(f"train.{field} must not be negative, got {c.train[field]}.")
 
 
-def _check_rows(mesh: Mesh, batch_size: int, accumulation: int) -> None:
+def _check_rows(mesh: Mesh, batch_size: int, accumulation: int, place: str = "data.") -> None:
   """Every device must have as many rows of every part of a batch."""
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
   if batch_size < 1 or batch_size % (parts * accumulation):
     by = f" x train.accumulation = {parts * accumulation}" if accumulation > 1 else f" = {parts}"
     raise UserError(
-      f"data.batch_size must be a multiple of mesh.data x mesh.fsdp{by}, got {batch_size}."
+      f"{place}batch_size must be a multiple of mesh.data x mesh.fsdp{by}, got {batch_size}."
     )
 
 
@@ -216,9 +225,15 @@ def _buckets(model: SlowFastConfig, data: Mapping[str, Any]) -> list[Bucket]:
   """The further shapes of data.buckets: (num_frames, decoder_length, text_bound, batch_size)."""
   names = ("num_frames", "decoder_length", "text_bound", "batch_size")
   buckets = []
-  for shape in data.get("buckets", ()):
+  for i, shape in enumerate(data["buckets"]):
     if len(shape) != len(names):
-      raise UserError(f"data.buckets: each must be {names}, got {tuple(shape)}.")
+      raise UserError(f"data.buckets[{i}] must be {names}, got {tuple(shape)}.")
     fields = dict(zip(names, shape))
-    buckets.append(Bucket(geometry_of(model, {**data, **fields}), fields["batch_size"]))
+    geometry = geometry_of(model, {**data, **fields}, _in_bucket(i))
+    buckets.append(Bucket(geometry, fields["batch_size"]))
   return buckets
+
+
+def _in_bucket(i: int) -> str:
+  """What errors put before the name of a number of data.buckets."""
+  return f"data.buckets[{i}]: "

@@ -83,7 +83,7 @@ def test_a_run_whose_steps_have_several_shapes(data, tmp_path):
     ("data.records=here", "data.records and data.mixture are both given"),
     ("data.mixture=/nowhere/mix.json", "mix.json: cannot be read"),
     ("data.mixture=", "data.records is empty"),
-    ("data.buckets=((1,2),)", "data.buckets: each must be .*, got \\(1, 2\\)"),
+    ("data.buckets=((1,2),)", r"data.buckets\[0\] must be .*, got \(1, 2\)"),
   ],
 )
 def test_what_does_not_fit_is_named(data, override, words):

@@ -122,6 +122,16 @@ def test_optimizer_config_takes_its_length_from_the_steps(data):
     ("model.decoder.vocab_size=200", "model.decoder.vocab_size is 200.*has 30. ids"),
     ("data.decoder_length=2", "data.decoder_length is 2, and the 2 fast tokens of 4 frames"),
     ("data.batch_size=6", "data.batch_size must be a multiple of mesh.data x mesh.fsdp = 8, got 6"),
+    ("data.text_bound=0", "data.text_bound must be at least 1, got 0"),
+    ("data.buckets=((4,64,0,8),)", r"data.buckets\[0\]: text_bound must be at least 1, got 0"),
+    (
+      "data.buckets=((1,64,56,8),(4,2,9,8))",
+      r"data.buckets\[1\]: decoder_length is 2, and the 2 fast tokens of 4 frames",
+    ),
+    (
+      "data.buckets=((1,64,56,6),)",
+      r"data.buckets\[0\]: batch_size must be a multiple of mesh.data x mesh.fsdp = 8, got 6",
+    ),
     ("data.records=", "data.records is empty; .*--config.data.records=DIR"),
     ("data.records=/nowhere", "/nowhere: there is no such folder"),
     ("data.tokenizer=", "data.tokenizer is empty"),
