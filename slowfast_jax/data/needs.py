@@ -38,17 +38,22 @@ class Lengths:
   Attributes:
     text: token ids, without placeholders; 0 for a sample that cannot be encoded.
     before: of these, before the first placeholder; all, where there is none.
+    learned: of these, that are learned.
     frames: of its video or image; 0 for text.
   """
 
   text: Int[np.ndarray, " n"]
   before: Int[np.ndarray, " n"]
+  learned: Int[np.ndarray, " n"]
   frames: Int[np.ndarray, " n"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-  """What samples take of a row's bounds: decoder positions, querying positions, (fast) frames."""
+  """What samples take of a row's bounds: decoder positions, querying positions, (fast) frames.
+
+  Of a text alone, which queries nothing, learned positions take the place of querying ones.
+  """
 
   positions: Int[np.ndarray, " n"]
   queries: Int[np.ndarray, " n"]
@@ -69,15 +74,17 @@ def capacity(geometry: Geometry) -> Int[np.ndarray, " 4"]:
   return np.array([*bounds, geometry.max_fast_frames])
 
 
-def count_lengths(source: TextSource, tokenizer: Tokenizer, system: str) -> Lengths:
-  """Encodes every conversation, or finds that this was done before."""
-  file = _cache_file(source, tokenizer, system)
+def count_lengths(
+  source: TextSource, tokenizer: Tokenizer, system: str, targets: str = "assistant"
+) -> Lengths:
+  """Encodes every conversation, as `encode_chat` does, or finds that this was done before."""
+  file = _cache_file(source, tokenizer, system, targets)
   if file is not None and file.exists():
     with contextlib.suppress(OSError, ValueError, EOFError):
       table = np.load(file, allow_pickle=False)
-      if table.shape == (3, len(source.index)):
+      if table.shape == (4, len(source.index)):
         return Lengths(*table)
-  table = _count(source, tokenizer, system)
+  table = _count(source, tokenizer, system, targets)
   if file is not None:
     with contextlib.suppress(OSError):  # A folder that may only be read: counted every time.
       partial = file.with_name(f"{file.name}.{os.getpid()}.partial.npy")
@@ -98,41 +105,46 @@ def needs_of(lengths: Lengths, geometry: Geometry) -> Needs:
     "text-only-masksystem": lengths.text - lengths.before,
     "all": positions,
   }[geometry.query_set]
-  return Needs(positions, np.where(lengths.frames > 0, queries, 0), used, fast)
+  return Needs(positions, np.where(lengths.frames > 0, queries, lengths.learned), used, fast)
 
 
-def _count(source: TextSource, tokenizer: Tokenizer, system: str) -> Int[np.ndarray, "3 n"]:
-  table = np.zeros((3, len(source.index)), np.int32)
+def _count(
+  source: TextSource, tokenizer: Tokenizer, system: str, targets: str
+) -> Int[np.ndarray, "4 n"]:
+  table = np.zeros((4, len(source.index)), np.int32)
   pairs = {(int(r), int(c)): i for i, (r, c) in enumerate(source.index)}
-  for place, counts in _counts(source, tokenizer, system):
+  for place, counts in _counts(source, tokenizer, system, targets):
     if place in pairs:
       table[:, pairs[place]] = counts
   return table
 
 
 def _counts(
-  source: TextSource, tokenizer: Tokenizer, system: str
-) -> Iterator[tuple[tuple[int, int], tuple[int, int, int]]]:
+  source: TextSource, tokenizer: Tokenizer, system: str, targets: str
+) -> Iterator[tuple[tuple[int, int], tuple[int, int, int, int]]]:
   for record, text in enumerate(source.texts()):
     if text is None:
       continue
     for conversation, turns in enumerate(text.conversations):
       try:
-        ids = encode_chat(tokenizer, turns, system, num_media=int(text.frames > 0)).ids
+        chat = encode_chat(tokenizer, turns, system, targets, int(text.frames > 0))
       except UserError:
         continue  # Left out, and told, when its turn comes.
-      count = len(ids) - (text.frames > 0)
-      before = ids.index(IMAGE_TOKEN) if text.frames else count
-      yield (record, conversation), (count, before, text.frames)
+      count = len(chat.ids) - (text.frames > 0)
+      before = chat.ids.index(IMAGE_TOKEN) if text.frames else count
+      yield (record, conversation), (count, before, sum(chat.loss_mask), text.frames)
 
 
-def _cache_file(source: TextSource, tokenizer: Tokenizer, system: str) -> pathlib.Path | None:
+def _cache_file(
+  source: TextSource, tokenizer: Tokenizer, system: str, targets: str
+) -> pathlib.Path | None:
   folder = getattr(source, "path", "")
   if not folder or "://" in folder:
     return None
   index = np.ascontiguousarray(source.index).tobytes()
   digest = hashlib.sha256()
   split = str(getattr(source, "split", ""))
-  for part in (tokenizer.fingerprint().encode(), system.encode(), split.encode(), index):
-    digest.update(hashlib.sha256(part).digest())
+  for text in (tokenizer.fingerprint(), system, split, targets):
+    digest.update(hashlib.sha256(text.encode()).digest())
+  digest.update(hashlib.sha256(index).digest())
   return pathlib.Path(folder) / f"lengths-{digest.hexdigest()[:16]}.npy"

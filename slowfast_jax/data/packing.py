@@ -26,7 +26,8 @@ class Geometry:
   Attributes:
     num_frames: F, frames of a row.
     decoder_length: T, decoder positions of a row; longer samples are cut on the right.
-    text_bound: X, the most positions of a row that query slow tokens.
+    text_bound: X, the most positions of a row that query slow tokens. Of texts without frames,
+      which query nothing, so many are learned at most: the loss counts on it.
     image_size: height and width of a frame in pixels.
     tokens_per_frame: fast tokens of a frame, after the compressor's spatial stride.
     sampling_stride: the compressor keeps every n-th frame.
@@ -115,7 +116,7 @@ def build_row(samples: Sequence[Sample], geometry: Geometry) -> Batch:
     UserError: a sample contradicts itself, or the samples exceed a bound of the geometry.
   """
   row = _padding(geometry, _row_frames(samples, geometry))
-  first_position = first_query = first_frame = first_fast = 0
+  first_position = first_query = first_frame = first_fast = bounded = 0
   for segment, sample in enumerate(samples, start=1):
     merged = _merge(sample, geometry)
     position = first_position + len(merged.tokens)
@@ -124,7 +125,8 @@ def build_row(samples: Sequence[Sample], geometry: Geometry) -> Batch:
 
     queries = querying_positions(merged.kind, geometry.query_set)
     query = first_query + len(queries)
-    _fit("text_bound", query, geometry.text_bound)
+    bounded += len(queries) if (merged.kind == FAST).any() else int(merged.learned.sum())
+    _fit("text_bound", bounded, geometry.text_bound)
     row.text_index[0, first_query:query] = first_position + queries
 
     for num_frames in sample.num_frames:
@@ -201,6 +203,8 @@ def _merge(sample: Sample, geometry: Geometry) -> _Merged:
   repeats = np.ones(len(ids), np.int64)
   repeats[placeholder] = [geometry.num_fast_tokens(n) for n in sample.num_frames]
   stop = geometry.decoder_length
+  if not sample.num_frames:
+    stop = min(stop, int(np.searchsorted(np.cumsum(learned), geometry.text_bound, "right")))
   columns = (np.where(placeholder, 0, ids), kind, learned & ~placeholder)
   return _Merged(*(np.repeat(column, repeats)[:stop] for column in columns))
 

@@ -195,7 +195,7 @@ class TrainPipeline:
       return [single_rows(len(source.index))]
     if not isinstance(source, TextSource):
       raise UserError(f"{source} cannot tell its texts, which packing and buckets need.")
-    lengths = count_lengths(source, self._tokenizer, self._system)
+    lengths = count_lengths(source, self._tokenizer, self._system, self._targets)
     if self._random_offset:
       shown = np.minimum(lengths.frames, self._num_frames)
       lengths = dataclasses.replace(lengths, frames=shown)

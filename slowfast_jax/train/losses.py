@@ -4,11 +4,11 @@
 Scores of a 150,000-word vocabulary at every position would be the largest array of a step by far.
 So positions that are learned are taken to the front, and scored some at a time, in the backward
 pass once more; parts in which no position of the batch is learned are not scored at all. Where all
-that are usually learned are few enough, they are scored once and their scores kept.
+that may be learned are few enough, they are scored once and their scores kept.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import einops
@@ -38,7 +38,7 @@ def next_token_loss(
   total: Float[Array, ""] | None = None,
   z_loss: float = 0.0,
   chunk: int | None = None,
-  usual: int | None = None,
+  most: int | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """Mean cross-entropy over weighted targets, and the share of them that is predicted right.
 
@@ -51,8 +51,7 @@ def next_token_loss(
     z_loss: weight of the mean squared log-partition, which keeps scores from drifting (PaLM,
       arXiv 2204.02311, section 5).
     chunk: positions of a row that are scored at a time; None: all.
-    usual: rows rarely have more positions that are learned; None: all may be. It changes what is
-      kept and in which parts positions are scored, never the result.
+    most: no row has more positions that are learned; None: all may be.
 
   Returns:
     What is minimised, and metrics: "loss" is the cross-entropy alone.
@@ -63,15 +62,12 @@ def next_token_loss(
   arrays = (hidden, targets, weights)
 
   def sums(project: Project, *arrays: Array) -> Float[Array, " three"]:
-    length = min(usual or hidden.shape[1], hidden.shape[1])
+    length = min(most or hidden.shape[1], hidden.shape[1])
     if chunk is None or chunk >= hidden.shape[1]:
       return _sums(project, *arrays)
-    arrays = _learned_first(arrays)
     if chunk >= length:
-      first, rest = [x[:, :length] for x in arrays], [x[:, length:] for x in arrays]
-      # Small ones, since the scores of the first are there too; and they are rarely scored.
-      return _sum_chunks(project, tuple(first), *_chunks(rest, -(-length // 4)))
-    return _sum_chunks(project, (), *_chunks(arrays, -(-length // -(-length // chunk))))
+      return _sums(project, *[x[0] for x in _chunks(arrays, length, length)])
+    return _sum_chunks(project, *_chunks(arrays, chunk, length))
 
   found = _sum_devices(sums, project, arrays)
   nll, right, squares = found / total
@@ -147,22 +143,18 @@ def _sum_devices(
   return parts.sum(axis=0)
 
 
-def _learned_first(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-  """Arrays [B, T, ...] with the positions of each row that are learned before the others."""
-  order = jnp.argsort(arrays[-1] == 0, axis=1, stable=True)
-
-  def take(x: Array) -> Array:
-    return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
-
-  return tuple(map(take, arrays))
-
-
-def _chunks(arrays: Sequence[Array], size: int) -> list[Array]:
-  """Arrays [B, T, ...] as [n, B, size, ...]; the last chunk is filled with zeros."""
+def _chunks(arrays: tuple[Array, ...], chunk: int, length: int) -> list[Array]:
+  """Of arrays [B, T, ...] so many positions as [n, B, t, ...], those that are learned first."""
+  num_chunks = -(-length // chunk)
+  size = -(-length // num_chunks)
+  padding = [(0, 0), (0, size * num_chunks - length)]
+  order = jnp.argsort(arrays[-1] == 0, axis=1, stable=True)[:, :length]
 
   def split(x: Array) -> Array:
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
-    return einops.rearrange(x, "B (n t) ... -> n B t ...", t=size)
+    index = order.reshape(*order.shape, *[1] * (x.ndim - 2))
+    x = jnp.take_along_axis(x, index, axis=1)
+    x = jnp.pad(x, padding + [(0, 0)] * (x.ndim - 2))
+    return einops.rearrange(x, "B (n t) ... -> n B t ...", n=num_chunks)
 
   return [split(x) for x in arrays]
 
@@ -170,80 +162,53 @@ def _chunks(arrays: Sequence[Array], size: int) -> list[Array]:
 @jax.custom_vjp
 def _sum_chunks(
   project: Project,
-  first: tuple[Array, ...],
   hidden: Float[Array, "n B t D"],
   targets: Int[Array, "n B t"],
   weights: Float[Array, "n B t"],
 ) -> Float[Array, " three"]:
-  """`_sums` of `first`, whose scores are kept, and of one chunk after the other, whose are not.
-
-  Chunks without weights are not scored. `first` is hidden states, targets and weights of the
-  positions [B, T], or empty.
+  """`_sums`, of one chunk after the other; chunks without weights are not scored.
 
   Its derivative is its own because JAX's would write a gradient of the projection for every chunk,
   zeros for those that are not scored, before it adds them up.
   """
-  done = _sums(project, *first) if first else jnp.zeros(3)
-  return _add_chunks(done, project, hidden, targets, weights)
-
-
-def _add_chunks(
-  done: Float[Array, " three"], project: Project, *chunks: Array
-) -> Float[Array, " three"]:
-  """`done` and the sums of all chunks."""
 
   def body(done: Array, part: list[Array]) -> tuple[Array, None]:
     return jax.lax.cond(
       jnp.any(part[2] != 0), lambda: done + _sums(project, *part), lambda: done
     ), None
 
-  return jax.lax.scan(body, done, list(chunks))[0]
+  return jax.lax.scan(body, jnp.zeros(3), [hidden, targets, weights])[0]
 
 
-def _sum_chunks_forward(project: Any, first: Any, *chunks: Any):
+def _sum_chunks_forward(project: Any, *arrays: Any):
   learns = any(leaf.perturbed for leaf in jax.tree.leaves(project))
-  project, first, chunks = jax.tree.map(lambda leaf: leaf.value, (project, first, chunks))
-  done, pull = _pull(project, first, learns) if first else (jnp.zeros(3), None)
+  values = jax.tree.map(lambda leaf: leaf.value, (project, *arrays))
   # An empty tuple or None, since what is kept must be arrays.
-  return _add_chunks(done, project, *chunks), (project, pull, chunks, () if learns else None)
+  return _sum_chunks(*values), (values, () if learns else None)
 
 
 def _sum_chunks_backward(kept: tuple, dy: Float[Array, " three"]):
-  project, pull, chunks, learns = kept
-  if pull is None:
-    dproject, dfirst = None if learns is None else jax.tree.map(jnp.zeros_like, project), ()
-  else:
-    dproject, dfirst = pull(dy)
+  (project, *parts), learns = kept
 
   def body(done: Any, part: list[Array]):
-    hidden, _, weights = part
+    hidden, targets, weights = part
 
     def scored():
-      more, found = _pull(project, part, learns is not None)[1](dy)
-      return jax.tree.map(jnp.add, done, more), found
+      if learns is None:
+        _, pull = jax.vjp(lambda *x: _sums(project, x[0], targets, x[1]), hidden, weights)
+        return done, pull(dy)
+      _, pull = jax.vjp(lambda p, *x: _sums(p, x[0], targets, x[1]), project, hidden, weights)
+      more, *found = pull(dy)
+      return jax.tree.map(jnp.add, done, more), tuple(found)
 
     def skipped():
-      return done, (jnp.zeros_like(hidden), None, jnp.zeros_like(weights))
+      return done, (jnp.zeros_like(hidden), jnp.zeros_like(weights))
 
     return jax.lax.cond(jnp.any(weights != 0), scored, skipped)
 
-  dproject, found = jax.lax.scan(body, dproject, chunks)
-  return dproject, dfirst, *found
-
-
-def _pull(project: Project, part: Sequence[Array], learns: bool):
-  """`_sums` of a part, and what gives its derivative: (of the projection or None, of the part)."""
-  hidden, targets, weights = part
-  if learns:
-    done, pull = jax.vjp(lambda p, h, w: _sums(p, h, targets, w), project, hidden, weights)
-  else:
-    done, pull = jax.vjp(lambda h, w: _sums(project, h, targets, w), hidden, weights)
-  return done, jax.tree_util.Partial(_derivative, pull)
-
-
-def _derivative(pull: Callable[[Array], tuple], dy: Float[Array, " three"]):
-  *dproject, dhidden, dweights = pull(dy)
-  return dproject[0] if dproject else None, (dhidden, None, dweights)
+  zeros = None if learns is None else jax.tree.map(jnp.zeros_like, project)
+  dproject, (dhidden, dweights) = jax.lax.scan(body, zeros, parts)
+  return dproject, dhidden, None, dweights
 
 
 _sum_chunks.defvjp(_sum_chunks_forward, _sum_chunks_backward, symbolic_zeros=True)

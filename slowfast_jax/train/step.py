@@ -93,7 +93,7 @@ def make_train_step(
       total=total,
       z_loss=z_loss,
       chunk=chunk_length(len(batch.tokens), cfg.decoder.vocab_size),
-      usual=_usually_learned(cfg, batch),
+      most=_most_learned(cfg, batch),
     )
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -119,11 +119,8 @@ def make_train_step(
   return train_step
 
 
-def _usually_learned(cfg: SlowFastConfig, batch: Batch) -> int:
-  """Positions of a row that are learned at most, but of texts alone, which ask no slow path.
-
-  Where there are frames, targets are text, and text asks.
-  """
+def _most_learned(cfg: SlowFastConfig, batch: Batch) -> int:
+  """Positions of a row that may be learned: their targets are text, which has a bound."""
   asking = "text-only" if cfg.hybrid is None else cfg.hybrid.queries
   # Text of a system's prompt, which does not ask here, may be a target.
   every = asking == "text-only-masksystem"

@@ -110,6 +110,21 @@ def test_a_sample_whose_visual_positions_are_cut_off_queries_nothing():
   assert row.text_index.max() == -1
 
 
+def test_texts_alone_learn_no_more_than_rows_with_videos_may():
+  """The loss counts on it: it scores `text_bound` positions of a row."""
+  long = Sample(list(range(1, 18)), [0] * 4 + [1] * 13)
+  row = build_row([long], GEOMETRY)
+  np.testing.assert_array_equal(row.tokens[0], pad(range(1, 15), 20))
+  assert (row.loss_weights > 0).sum() == 10
+  short = Sample([1] * 8, [0, 0, *[1] * 6])
+  with pytest.raises(UserError, match="text_bound is 10 and the row needs 12, 2 too many"):
+    build_row([short, short], GEOMETRY)
+  beside = Sample([V, 5, 6, 7, 8], [0, 1, 1, 1, 1], (2,), frames(1, 2))
+  assert (build_row([beside, short], GEOMETRY).loss_weights > 0).sum() == 10
+  with pytest.raises(UserError, match="text_bound is 10 and the row needs 14, 4 too many"):
+    build_row([beside, beside, short], GEOMETRY)
+
+
 def test_packed_samples_see_the_fast_tokens_that_they_see_alone():
   """Frame f has the slow tokens (f, 0), (f, 1); FAST positions take fast tokens in order."""
   geometry = dataclasses.replace(GEOMETRY, num_frames=9, max_fast_frames=6, sampling_stride=1)

@@ -34,7 +34,8 @@ def some_lengths(num_samples=3000, seed=0) -> Lengths:
   """Texts, images and short videos."""
   rng = np.random.default_rng(seed)
   frames = rng.choice([0, 1, 2, 8], num_samples, p=[0.4, 0.3, 0.2, 0.1])
-  return Lengths(rng.integers(10, 120, num_samples), np.full(num_samples, 5), frames)
+  text = rng.integers(10, 120, num_samples)
+  return Lengths(text, np.full(num_samples, 5), text * 2 // 3, frames)
 
 
 def all_of(rows: Rows) -> list[int]:
@@ -72,7 +73,8 @@ def test_packing_depends_on_the_seed_alone():
 
 
 def test_what_does_not_fit_a_row_has_one_of_its_own():
-  lengths = Lengths(np.array([999, 20, 30, 20]), np.zeros(4, int), np.array([0, 99, 0, 1]))
+  text = np.array([999, 20, 30, 20])
+  lengths = Lengths(text, np.zeros(4, int), text // 2, np.array([0, 99, 0, 1]))
   (rows,) = plan_rows(lengths, [GEOMETRY], True, seed=0)
   companies = sorted(map(sorted, (rows[i] for i in range(len(rows)))))
   assert [0] in companies
@@ -279,7 +281,8 @@ def test_counted_needs_are_what_rows_take():
     for i, (number, conversation) in enumerate(source.index):
       row = build_row([pipeline._sample(source[number], conversation)], geometry)
       assert needs.positions[i] == (row.segments > 0).sum()
-      assert needs.queries[i] == (row.text_index >= 0).sum()
+      asks = (row.text_index >= 0).sum()
+      assert needs.queries[i] == (asks if needs.frames[i] else (row.loss_weights > 0).sum())
       assert needs.frames[i] == (row.frame_segments > 0).sum()
       assert needs.fast_frames[i] == row.pooling.any(axis=-1).sum()
 
@@ -294,6 +297,8 @@ def test_tokens_are_counted_once(tmp_path, monkeypatch):
     np.testing.assert_array_equal(getattr(first, field.name), getattr(again, field.name))
   with pytest.raises(pytest.fail.Exception):
     count_lengths(source, TOKENIZER, "Other.")
+  with pytest.raises(pytest.fail.Exception):
+    count_lengths(source, TOKENIZER, "Hi.", targets="reference")
 
 
 def test_samples_that_cannot_be_encoded_need_nothing():
