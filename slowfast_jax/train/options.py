@@ -29,12 +29,12 @@ class LoopOptions:
   log_every: int
   checkpoint_every: int
   keep: int
-  keep_best: str = ""
-  max_skipped: int = 10
-  profile: tuple[int, int] = (0, 0)
-  hang_seconds: float = 1800.0
-  trackers: str = ""
-  eval_every: int = 0
+  keep_best: str
+  max_skipped: int
+  profile: tuple[int, int]
+  hang_seconds: float
+  trackers: str
+  eval_every: int
 
   def __post_init__(self):
     least = {"steps": 1, "log_every": 1, "checkpoint_every": 1, "keep": 1}
@@ -57,8 +57,9 @@ def options_of(config: ml_collections.ConfigDict) -> LoopOptions:
   Raises:
     UserError: names the field with a value that makes no sense.
   """
-  names = [field.name for field in dataclasses.fields(LoopOptions)]
-  given = {name: config.train[name] for name in names if name in config.train}
-  if "profile" in given:
-    given["profile"] = tuple(given["profile"])
-  return LoopOptions(**given, eval_every=config.get("eval", {}).get("every", 0))
+  names = {field.name for field in dataclasses.fields(LoopOptions)} - {"profile", "eval_every"}
+  return LoopOptions(
+    **{name: config.train[name] for name in names},
+    profile=tuple(config.train.profile),
+    eval_every=config.eval.every,
+  )

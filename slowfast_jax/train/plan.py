@@ -26,6 +26,7 @@ from slowfast_jax.models.slowfast import SlowFastConfig
 from slowfast_jax.shapes import Batch
 from slowfast_jax.sharding import batch_sharding, make_mesh
 from slowfast_jax.train.optimizer import OptimizerConfig, split_frozen
+from slowfast_jax.train.options import options_of
 from slowfast_jax.train.step import TrainState, init_state, make_train_step, state_shapes
 
 DTYPES = ("float32", "bfloat16")
@@ -183,6 +184,7 @@ def optimizer_config(c: ml_collections.ConfigDict) -> OptimizerConfig:
 
 
 def _check_train(c: ml_collections.ConfigDict) -> None:
+  options_of(c)  # Which checks its own.
   for field, value, known in (
     ("train.dtype", c.train.dtype, DTYPES),
     ("train.remat", c.train.remat, REMAT),
@@ -190,9 +192,8 @@ def _check_train(c: ml_collections.ConfigDict) -> None:
   ):
     if value not in known:
       raise UserError(f"{field} must be one of {known}, got {value!r}.")
-  for field in ("steps", "log_every", "checkpoint_every", "accumulation"):
-    if c.train[field] < 1:
-      raise UserError(f"train.{field} must be at least 1, got {c.train[field]}.")
+  if c.train.accumulation < 1:
+    raise UserError(f"train.accumulation must be at least 1, got {c.train.accumulation}.")
   if any(len(option) != 2 for option in c.train.compiler_options):
     raise UserError(
       "train.compiler_options must be pairs of a name and a value, "

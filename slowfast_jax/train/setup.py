@@ -83,11 +83,11 @@ def open_setup(config: ml_collections.ConfigDict) -> Setup:
     system=c.system,
     targets=c.data.targets,
     weights=weights,
-    pack=c.data.get("pack", False),
+    pack=c.data.pack,
     buckets=plan.buckets,
-    workers=c.data.get("workers", 0),
-    random_offset=c.data.get("random_offset", False),
-    max_failure_rate=c.data.get("max_failure_rate", 1.0),
+    workers=c.data.workers,
+    random_offset=c.data.random_offset,
+    max_failure_rate=c.data.max_failure_rate,
   )
   fingerprint = {
     "records": sum(map(len, sources)),
@@ -223,7 +223,7 @@ def _open_tokenizer(c: ml_collections.ConfigDict, model: SlowFastConfig) -> Toke
 
 def _open_records(data: Mapping[str, Any]) -> tuple[list[RecordSource], list[float] | None]:
   """The sources of data.mixture, or data.records: one folder, or several with commas between."""
-  mixture = data.get("mixture", "")
+  mixture = data["mixture"]
   if mixture and data["records"]:
     raise UserError("data.records and data.mixture are both given; leave one of them empty.")
   if mixture:
