@@ -99,26 +99,30 @@ class Checkpoints:
   """The newest training states of a run, and its best: DIR/STEP/, written in the background.
 
   A folder appears under its name only when it is complete, so a killed run leaves none that is
-  torn. One that was torn later (by a copy that broke off) is moved aside with a warning.
+  torn. One that was torn later (by a copy that broke off) is moved aside with a warning, once an
+  older one could be read.
   """
 
   def __init__(
-    self, folder: str | os.PathLike, keep: int, scores: Mapping[int, float] | None = None
+    self, folder: str | os.PathLike, keep: int | None, scores: Mapping[int, float] | None = None
   ):
     """
     Args:
       folder: of the checkpoints.
-      keep: so many of the newest stay.
+      keep: so many of the newest stay; None: nothing in the folder is changed, whoever writes it.
       scores: of steps; the checkpoint with the highest stays too. May grow while the run goes on.
     """
-    if keep < 1:
+    if keep is not None and keep < 1:
       raise UserError(f"train.keep must be at least 1, got {keep}.")
     self._folder = epath.Path(folder).absolute()
-    self._options = ocp.CheckpointManagerOptions(
-      preservation_policy=_NewestAndBest(keep, {} if scores is None else scores),
-      cleanup_tmp_directories=True,
-    )
-    self._manager = ocp.CheckpointManager(self._folder, options=self._options)
+    if keep is None:
+      options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+    else:
+      options = ocp.CheckpointManagerOptions(
+        preservation_policy=_NewestAndBest(keep, {} if scores is None else scores),
+        cleanup_tmp_directories=True,
+      )
+    self._manager = ocp.CheckpointManager(self._folder, options=options)
 
   def save(self, step: int, state: Any, run: Mapping[str, Any]) -> None:
     """Copies the state off the devices and returns; the files are written meanwhile.
@@ -133,16 +137,13 @@ class Checkpoints:
     )
     self._manager.save(step, args=args)
 
-  def latest_step(self) -> int | None:
-    return self._manager.latest_step()
-
   def all_steps(self) -> list[int]:
     return sorted(self._manager.all_steps())
 
   def restore(
     self, abstract: Any, check: Callable[[dict[str, Any]], None], only: int | None = None
   ) -> Restored | None:
-    """The newest state that can be read, or None if there is none.
+    """The newest state that can be read, or None if there is no checkpoint.
 
     Args:
       abstract: shapes, dtypes and shardings, see `with_shardings`.
@@ -150,21 +151,42 @@ class Checkpoints:
       only: the step of the one that is read; None: the newest that can be.
 
     Raises:
-      UserError: the newest state is whole, but that of another model.
+      UserError: the newest state is whole, but that of another model; or all that were tried are
+        torn, and stay where they are.
+      Exception: a state could not be reached, which says nothing against it.
     """
+    torn: dict[int, Exception] = {}
     for step in reversed(self.all_steps() if only is None else [only]):
       try:
-        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))[
-          "run"
-        ]
-        check(run)
-        leaves = read_arrays(self._folder / str(step) / "state", flatten(abstract))
-        return Restored(step, unflatten(abstract, leaves), run)
-      except (UserError, MemoryError, jax.errors.JaxRuntimeError):
-        raise  # Not the folder's fault.
-      except Exception as error:  # Orbax raises a bare Exception where a file is cut off.
-        self._move_aside(step, error)
+        restored = self._read(step, abstract, check)
+      except Exception as error:
+        if not _is_damage(error):
+          raise
+        torn[step] = error
+        continue
+      for newer, reason in torn.items():
+        self._move_aside(newer, reason)
+      return restored
+    if torn:
+      raise UserError(self._none_of(torn))
     return None
+
+  def _read(self, step: int, abstract: Any, check: Callable[[dict[str, Any]], None]) -> Restored:
+    parts = ocp.args.Composite(run=ocp.args.JsonRestore())
+    run = self._manager.restore(step, args=parts)["run"]
+    check(run)
+    leaves = read_arrays(self._folder / str(step) / "state", flatten(abstract))
+    return Restored(step, unflatten(abstract, leaves), run)
+
+  def _none_of(self, torn: Mapping[int, Exception]) -> str:
+    step, error = next(iter(torn.items()))
+    others = ", ".join(str(step) for step in self.all_steps() if step not in torn)
+    return f"{self._folder / str(step)}: it cannot be read: {first_line(error)}; " + (
+      f"there is also {others}."
+      if others
+      else "there is no other checkpoint that can be read. Copy the folder here again, or begin "
+      "anew in another --workdir."
+    )
 
   def wait(self) -> None:
     """Until everything that was saved is written."""
@@ -184,6 +206,22 @@ class Checkpoints:
         aside.rmtree()
       torn.rename(aside)
     self._manager.reload()
+
+
+# What TensorStore begins with where it says that a file could not be reached.
+_NOT_REACHED = (
+  "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED",
+  "UNAUTHENTICATED", "UNAVAILABLE", "UNKNOWN",
+)  # fmt: skip
+
+
+def _is_damage(error: Exception) -> bool:
+  """Whether files are missing or cut off; Orbax raises a bare Exception for most of that."""
+  if isinstance(error, UserError | MemoryError | jax.errors.JaxRuntimeError):
+    return False  # Not the folder's fault.
+  if isinstance(error, OSError):
+    return isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+  return not str(error.__cause__ or error).startswith(_NOT_REACHED)
 
 
 # --- The export ---

@@ -121,12 +121,13 @@ def export(config: ml_collections.ConfigDict, workdir: str, which: str, say: Say
     say: is told what is exported.
 
   Raises:
-    UserError: there is no such checkpoint.
+    UserError: there is no such checkpoint, or it cannot be read.
   """
   folder, options = epath.Path(workdir).absolute(), options_of(config)
   setup = open_setup(config)
   scores = Scores(folder / "best.json", options.keep_best)
-  with contextlib.closing(Checkpoints(folder / "checkpoints", options.keep, scores)) as kept:
+  # The run may go on meanwhile, so nothing in its folder is touched.
+  with contextlib.closing(Checkpoints(folder / "checkpoints", keep=None)) as kept:
     steps = kept.all_steps()
     known = {str(step): step for step in steps}
     if steps:

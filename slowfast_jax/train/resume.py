@@ -55,7 +55,7 @@ def restore_or_init(
   """The newest state of the workdir, or that of step 0; or the state of the step `only`.
 
   Raises:
-    UserError: the workdir has the checkpoints of another run.
+    UserError: the workdir has the checkpoints of another run, or none of them can be read.
   """
   abstract = setup.abstract_state()
   axes = ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items() if size > 1)

@@ -2,6 +2,7 @@
 """States and exports come back bit for bit, on other devices too, and torn ones are found out."""
 
 import dataclasses
+import errno
 import json
 import logging
 import shutil
@@ -166,7 +167,7 @@ def test_only_the_newest_are_kept(tmp_path):
   saved(tmp_path, 1, 2, 3, keep=2)
   assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
   checkpoints = Checkpoints(tmp_path, keep=2)
-  assert checkpoints.latest_step() == 3
+  assert checkpoints.all_steps() == [2, 3]
   checkpoints.close()
 
 
@@ -246,16 +247,43 @@ def test_the_check_stops_before_anything_is_moved(tmp_path):
   assert (tmp_path / "1").exists()
 
 
-def test_running_out_of_memory_is_not_taken_for_damage(tmp_path, monkeypatch):
-  saved(tmp_path, 1)
+def not_reached():
+  """As Orbax tells what TensorStore says."""
+  error = Exception("Encountered error while reading array index")
+  error.__cause__ = ValueError("UNAVAILABLE: Error reading a/0.0: connection reset")
+  return error
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED"),
+    OSError(errno.EMFILE, "Too many open files"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    not_reached(),
+  ],
+)
+def test_what_is_no_damage_moves_no_checkpoint(tmp_path, monkeypatch, error):
+  saved(tmp_path, 1, 2)
 
   def fail(*_):
-    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+    raise error
 
   monkeypatch.setattr(store, "read_arrays", fail)
-  with pytest.raises(jax.errors.JaxRuntimeError):
+  with pytest.raises(type(error)) as raised:
     restore(tmp_path, small_abstract())
-  assert (tmp_path / "1").exists()
+  assert raised.value is error
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_where_no_checkpoint_can_be_read_none_is_moved_and_nothing_begins_anew(tmp_path):
+  saved(tmp_path, 1, 2)
+  for step in "12":
+    delete(tmp_path / step / "state/_METADATA")
+  with pytest.raises(UserError, match="no other checkpoint that can be read") as error:
+    restore(tmp_path, small_abstract())
+  assert str(tmp_path / "2") in str(error.value)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
 
 
 # --- Exports ---

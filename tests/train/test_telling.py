@@ -2,6 +2,7 @@
 """What a run tells besides its metrics, evaluations inside of it, and its best checkpoint."""
 
 import json
+import shutil
 import sys
 import time
 import types
@@ -86,6 +87,26 @@ def test_any_checkpoint_can_be_exported_without_training(config, finished):
   ]  # fmt: skip
   with pytest.raises(UserError, match="has no such checkpoint; choose from 2, 4, latest, best"):
     loop.export(config, workdir, "3", said.append)
+
+
+def test_a_torn_checkpoint_is_not_exported_and_a_run_that_saves_is_not_disturbed(
+  config, finished, tmp_path
+):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished[0], workdir)
+  checkpoints, before = workdir / "checkpoints", (workdir / "export/config.json").stat()
+  (checkpoints / "4/state/_METADATA").unlink()
+  shutil.copytree(checkpoints / "2", checkpoints / "6.orbax-checkpoint-tmp")
+  with pytest.raises(UserError, match=r"checkpoints/4: it cannot be read: .* there is also 2"):
+    loop.export(config, str(workdir), "4", lambda line: None)
+  assert (workdir / "export/config.json").stat() == before
+  assert sorted(p.name for p in checkpoints.iterdir()) == ["2", "4", "6.orbax-checkpoint-tmp"]
+
+
+def test_an_export_of_no_run_is_explained_and_makes_no_folder(config, tmp_path):
+  with pytest.raises(UserError, match="choose from none: it is empty"):
+    loop.export(config, str(tmp_path), "latest", lambda line: None)
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_leaves_a_profile_a_sign_of_life_and_events(finished):
