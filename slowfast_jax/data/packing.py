@@ -35,6 +35,8 @@ class Geometry:
     min_fast_frames: fewest fast frames that the strides may leave of a longer video.
     max_fast_frames: Q, fast frames of a row; 0: what one video of num_frames needs.
     query_set: which positions query slow tokens.
+    pooled: whether the tokens of the row's frames are pooled as those of videos; those of still
+      images never are, so these have no place in it (semantics section 1.5).
     slow: whether the model has a slow path. Without one, rows hold only the frames that become
       fast tokens: nothing would read the others, and encoding them is most of the work.
   """
@@ -49,6 +51,7 @@ class Geometry:
   min_fast_frames: int = 16
   max_fast_frames: int = 0
   query_set: str = "text-only"
+  pooled: bool = False
   slow: bool = True
 
   def __post_init__(self):
@@ -130,6 +133,11 @@ def build_row(samples: Sequence[Sample], geometry: Geometry) -> Batch:
     row.text_index[0, first_query:query] = first_position + queries
 
     for num_frames in sample.num_frames:
+      if geometry.pooled and num_frames == 1:
+        raise UserError(
+          f"A still image has no place in a row of {geometry.num_frames} frames, whose tokens are "
+          "pooled as those of videos; give data.buckets a shape of 1 frame."
+        )
       used = geometry.used_frames(num_frames)
       block = geometry.pooling(num_frames)[:, used]
       frame, fast = first_frame + len(used), first_fast + len(block)

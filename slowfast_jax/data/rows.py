@@ -61,6 +61,7 @@ def plan_rows(lengths: Lengths, buckets: Sequence[Geometry], pack: bool, seed: i
   """
   needs = [needs_of(lengths, geometry) for geometry in buckets]
   fits = np.stack([need.fit(geometry) for need, geometry in zip(needs, buckets)])
+  fits &= ~np.outer([geometry.pooled for geometry in buckets], lengths.frames == 1)
   fits[-1] = True
   home = np.argmax(fits, axis=0)
   planned = []

@@ -161,6 +161,7 @@ def geometry_of(model: SlowFastConfig, data: Mapping[str, Any], place: str = "da
     temporal_stride=compressor.temporal_stride,
     min_fast_frames=compressor.min_fast_frames,
     query_set="text-only" if model.hybrid is None else model.hybrid.queries,
+    pooled=pooled > 1,
     slow=bool(model.hybrid_layers),
   )
   fast = geometry.num_fast_tokens(geometry.num_frames)

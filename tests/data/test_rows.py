@@ -72,6 +72,16 @@ def test_packing_depends_on_the_seed_alone():
   assert first == again != other
 
 
+def test_still_images_fit_no_row_that_pools_frames():
+  pooling = dataclasses.replace(GEOMETRY, pooled=True, decoder_length=128, max_fast_frames=0)
+  lengths = some_lengths(200)
+  first, last = plan_rows(lengths, [pooling, GEOMETRY], True, seed=0)
+  stills = set(np.flatnonzero(lengths.frames == 1))
+  assert stills
+  assert stills <= set(all_of(last))
+  assert set(lengths.frames[all_of(first)]) == {0, 2, 8}
+
+
 def test_what_does_not_fit_a_row_has_one_of_its_own():
   text = np.array([999, 20, 30, 20])
   lengths = Lengths(text, np.zeros(4, int), text // 2, np.array([0, 99, 0, 1]))

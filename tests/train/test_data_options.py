@@ -97,6 +97,29 @@ def test_a_bucket_that_does_not_divide_is_named(data, monkeypatch):
     open_setup(config_of(data, "data.buckets=((1,64,56,3),)"))
 
 
+@pytest.mark.parametrize("pack", ["true", "false"])
+def test_still_images_are_never_pooled_as_videos_are(data, tmp_path, pack):
+  stills = [dataclasses.replace(record(i, num_frames=1), id=f"still{i}") for i in range(8)]
+  write_records(tmp_path / "stills", stills)
+  folders = f"data.records={data / 'records'},{tmp_path / 'stills'}"
+
+  def shown(stride, *more):
+    config = tiny_config(data, folders, f"data.pack={pack}", *more).unlock()
+    config.model.compressor.update(video_pooling_stride=stride, spatial_stride=1)
+    pipeline = open_setup(config).pipeline
+    return list(itertools.islice(pipeline.iterate(), 10)), pipeline
+
+  _, pipeline = shown(2)
+  assert {failure.id for failure in pipeline.failures} == {one.id for one in stills}
+  assert "still image has no place in a row of 4 frames" in pipeline.failures[0].reason
+
+  batches, pipeline = shown(2, "data.buckets=((1,64,56,8),)")
+  assert {batch.frames.shape[1] for batch in batches} == {1, 4}
+  assert not pipeline.failures
+  _, pipeline = shown(1)
+  assert not pipeline.failures  # Without pooling one shape is enough.
+
+
 def test_packed_samples_give_the_logits_and_gradients_that_they_give_alone(data):
   wide = ("data.num_frames=8", "data.decoder_length=320", "data.text_bound=300", "data.pack=true")
   setup = open_setup(config_of(data, *wide))
