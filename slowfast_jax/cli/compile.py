@@ -22,11 +22,11 @@ EXAMPLES = """examples:
   slowfast compile --config=configs/sft_qwen2_1_5b_siglip_64f.py --topology=v5e:2x4 \\
       --what=prefill --frames=1536 --config.mesh.tensor=2 --config.mesh.context=4
   slowfast compile --config=configs/sft_qwen2_1_5b_siglip_64f.py --topology=v5e:4x4 \\
-      --what-if train.remat=full,minimal,dots data.batch_size=32,64 mesh.fsdp=4,16
+      --what-if train.remat=full,minimal,dots data.batch_size=16,32 mesh.fsdp=4,16
 
 Nothing of the config is opened but the file itself, and no TPU is needed: the compiler of a pod
-runs on any machine with libtpu (pip install 'slowfast-jax[tpu]'). It takes minutes. Points of
---what-if that were compiled before come from the cache.
+runs on any machine with libtpu (pip install ".[tpu]" in the checkout). It takes minutes. Points
+of --what-if that were compiled before come from the cache.
 """
 
 

@@ -229,7 +229,7 @@ def _accelerator(backend: str) -> Check:
   if os.environ.get("JAX_PLATFORMS"):
     platforms = os.environ["JAX_PLATFORMS"]
     return Check("accelerator", True, f"a {extra} that JAX_PLATFORMS={platforms} leaves unused")
-  remedy = f'pip install "slowfast-jax[{extra}]"'
+  remedy = f'pip install ".[{extra}]" in the checkout'
   return Check("accelerator", False, f"a {extra} is there, JAX does not see it", remedy)
 
 
@@ -306,7 +306,7 @@ def _storage(workdir: str, timeout: float) -> Check:
   if remote:
     remedy = (
       "check the address, then `gcloud auth application-default login` (on a cloud machine: give "
-      'its service account the storage role); gs:// needs `pip install "slowfast-jax[tpu]"`'
+      'its service account the storage role); gs:// needs `pip install ".[tpu]"` in the checkout'
     )
   try:
     _wait_for(lambda: work(workdir, timeout), timeout + 5)

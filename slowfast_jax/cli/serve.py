@@ -20,7 +20,7 @@ EXAMPLES = """examples:
 
 The interface is at http://HOST:PORT/v1, the page at http://HOST:PORT/, what Prometheus reads at
 /metrics. SIGTERM or Ctrl-C stops it when the running answers are finished. It needs the extra
-`serve`: pip install "slowfast-jax[serve]"
+`serve`: pip install ".[serve]" in the checkout
 """
 
 _LIMITS = {
@@ -129,7 +129,7 @@ def _check_extra(no_page: bool) -> None:
   if missing:
     raise UserError(
       f"serving needs packages that are not installed ({', '.join(missing)}); "
-      'pip install "slowfast-jax[serve]"'
+      'pip install ".[serve]" in the checkout'
     )
 
 

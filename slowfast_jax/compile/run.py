@@ -111,7 +111,7 @@ def _run(folder: str, environment: dict[str, str], say: Say) -> str:
 def _failure(log: str) -> Exception:
   """The worker's last exception, without the compiler's chatter."""
   if "No module named 'libtpu'" in log or ("libtpu.so" in log and "cannot open" in log):
-    return UserError("compiling for TPU needs libtpu: pip install 'slowfast-jax[tpu]'.")
+    return UserError('compiling for TPU needs libtpu: pip install ".[tpu]" in the checkout.')
   lines = [line for line in log.splitlines() if line.strip()]
   errors = [i for i, line in enumerate(lines) if "Error" in line.split(":")[0]]
   words = lines[errors[-1] :][:12] if errors else lines[-12:]

@@ -33,7 +33,7 @@ def beam_runner(options: Sequence[str] = ()) -> MakeShards:
     import apache_beam  # noqa: F401
   except ImportError as error:
     raise PrepareError(
-      f"--runner beam needs Apache Beam ({error}): pip install 'slowfast-jax[beam]'"
+      f'--runner beam needs Apache Beam ({error}): pip install ".[beam]" in the checkout'
     ) from error
   return functools.partial(_make_with_beam, tuple(options))
 

@@ -32,7 +32,7 @@ def check_int8() -> None:
   except ImportError as error:
     raise UserError(
       f"int8 weights need a package that is not installed ({error.name}); "
-      'pip install "slowfast-jax[int8]"'
+      'pip install ".[int8]" in the checkout'
     ) from error
 
 

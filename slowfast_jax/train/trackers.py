@@ -91,6 +91,6 @@ def _import(package: str, extra: str) -> Any:
     return importlib.import_module(package)
   except ImportError as error:
     raise UserError(
-      f"train.trackers: {package} is not installed; pip install 'slowfast-jax[{extra}]', or leave "
-      f"{extra} out."
+      f'train.trackers: {package} is not installed; pip install ".[{extra}]" in the checkout, or '
+      f"leave {extra} out."
     ) from error

@@ -28,7 +28,7 @@ def test_help_needs_no_extra(tmp_path):
   assert "OpenAI" in helped.stdout
   missing = run(f"--checkpoint={tmp_path}")
   assert missing.returncode == 1
-  assert 'pip install "slowfast-jax[serve]"' in missing.stderr
+  assert 'pip install ".[serve]"' in missing.stderr
   assert "Traceback" not in missing.stderr
 
 

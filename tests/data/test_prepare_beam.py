@@ -49,7 +49,7 @@ def test_without_beam_it_says_what_to_install(clips, tmp_path, monkeypatch, caps
   folder, file = clips
   words = [f"--videos={folder}", f"--annotations={file}", f"--output={tmp_path / 'out'}"]
   assert main(["prepare", *words, "--runner=beam"]) == 1
-  assert "pip install 'slowfast-jax[beam]'" in capsys.readouterr().err
+  assert 'pip install ".[beam]" in the checkout' in capsys.readouterr().err
   assert not (tmp_path / "out").exists()
   assert main(["prepare", *words, "--beam-options=--runner=DirectRunner"]) == 2
   assert "--beam-options: is for --runner beam" in capsys.readouterr().err

@@ -102,7 +102,7 @@ def test_such_a_model_is_not_saved(int8, tmp_path):
 def test_without_the_package_it_says_what_to_install(folder, monkeypatch, capsys, tmp_path):
   monkeypatch.setitem(sys.modules, "qwix", None)
   assert main(["chat", "clip.mp4", "What?", f"--checkpoint={folder}", "--int8"]) == 1
-  assert 'pip install "slowfast-jax[int8]"' in capsys.readouterr().err
+  assert 'pip install ".[int8]"' in capsys.readouterr().err
 
 
 def test_exact_weights_are_freed(folder):
