@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from slowfast_jax.checkpoints.export import Export, VideoConfig
-from slowfast_jax.checkpoints.open import load_checkpoint
+from slowfast_jax.checkpoints.open import load_checkpoint, open_checkpoint
 from slowfast_jax.checkpoints.trees import flatten, unflatten
 from slowfast_jax.data.mixture import open_mixture
 from slowfast_jax.data.pipeline import TrainPipeline
@@ -44,11 +44,14 @@ class Setup(Plan):
     tokenizer: the tokenizer of the text.
     pipeline: this process's rows of the batches.
     fingerprint: tells whether data are the same, wherever they lie.
+    max_length, stop_ids: as of `Export`, those of `train.init_from`.
   """
 
   tokenizer: Tokenizer
   pipeline: TrainPipeline
   fingerprint: dict[str, Any]
+  max_length: int | None
+  stop_ids: tuple[int, ...]
 
   def export(self, params: nnx.State) -> Export:
     """The model that others open; what adapters have learned is in its kernels."""
@@ -58,7 +61,8 @@ class Setup(Plan):
     if self.model.lora is not None:
       merged = merge_lora(flatten(params), self.model.lora)
       params = unflatten(abstract_params(model), merged)
-    return Export(model, params, self.tokenizer, video, c.system)
+    ends = self.max_length, self.stop_ids
+    return Export(model, params, self.tokenizer, video, c.system, *ends)
 
 
 def open_setup(config: ml_collections.ConfigDict) -> Setup:
@@ -97,8 +101,16 @@ def open_setup(config: ml_collections.ConfigDict) -> Setup:
   }
   if weights is not None:
     fingerprint["weights"] = weights
+  start = open_checkpoint(c.train.init_from).export if c.train.init_from else None
   parts = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
-  return Setup(**parts, tokenizer=tokenizer, pipeline=pipeline, fingerprint=fingerprint)
+  return Setup(
+    **parts,
+    tokenizer=tokenizer,
+    pipeline=pipeline,
+    fingerprint=fingerprint,
+    max_length=None if start is None else start.max_length,
+    stop_ids=() if start is None else start.stop_ids,
+  )
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:

@@ -39,7 +39,8 @@ def plain_export(data, tmp_path_factory):
   """A model without a slow path, its parameters random."""
   folder = tmp_path_factory.mktemp("plain") / "export"
   setup = open_setup(tiny_config(data, FAST_ONLY, "seed=5"))
-  save_export(folder, setup.export(initial_state(setup).params))
+  export = setup.export(initial_state(setup).params)
+  save_export(folder, dataclasses.replace(export, max_length=50, stop_ids=(7,)))
   return folder
 
 
@@ -239,6 +240,12 @@ def test_a_slow_path_is_added_to_an_export_that_has_none(hybrid, plain_export):
   assert all(not np.any(value) for value in numbers(state.opt_state).values())
   leaf = state.params["decoder"]["layers"]["mlp"]["up"]["kernel"][...]
   assert len(leaf.sharding.device_set) == jax.device_count()
+
+
+def test_how_long_prompts_may_be_and_what_ends_replies_is_taken_over(hybrid):
+  setup, state = hybrid
+  export = setup.export(state.params)
+  assert (export.max_length, export.stop_ids) == (50, (7,))
 
 
 def test_a_slow_path_may_start_as_the_released_one(data, tmp_path):
