@@ -297,7 +297,12 @@ class Engine:
       sessions, max_new_tokens: as in `generate`.
       temperature, top_p, top_k, seed, decode_cross_attention: as in `generate`.
       stop: a reply ends before the first of these strings; nothing is computed past them.
+
+    Raises:
+      UserError: questions and sessions do not match, or as `generate`.
     """
+    if len(questions) != len(sessions):
+      raise UserError(f"Expected one session a question, got {len(sessions)} and {len(questions)}.")
     prompts = [self.prompt_ids(question, s) for question, s in zip(questions, sessions)]
     texts = [TextPieces(self.tokenizer, stop) for _ in prompts]
     if not prompts:

@@ -227,6 +227,9 @@ def test_what_does_not_fit_is_named(engine):
     engine.generate([[1, 2]], [session])
   with pytest.raises(UserError, match="one session a prompt, got 2 and 1"):
     engine.generate([[1, 2]], [None, None])
+  for number in (1, 3):
+    with pytest.raises(UserError, match=f"one session a question, got {number} and 2"):
+      engine.answer([QUESTION, LONGER], [None] * number)
   with pytest.raises(UserError, match="Sample 1 is empty"):
     engine.generate([[1], []], [None, None])
   with pytest.raises(UserError, match="max_new_tokens must be at least 1, got 0"):
