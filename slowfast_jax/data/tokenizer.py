@@ -49,7 +49,6 @@ class Tokenizer:
     self.im_start_id = self._special_id(IM_START)
     self.im_end_id = self._special_id(IM_END)
     self.eos_id = self._special_id(_content(config.get("eos_token")) or IM_END)
-    self.pad_id = self._special_id(_content(config.get("pad_token")) or END_OF_TEXT)
     self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
   def __reduce__(self):
