@@ -131,15 +131,10 @@ class TrainPipeline:
       max_failure_rate: the share of bad samples that ends the run, see `FailureCounter`.
     """
     self._buckets = [*buckets, Bucket(geometry, batch_size)]
-    for bucket in self._buckets:
-      if bucket.batch_size < 1 or bucket.batch_size % process_count:
-        raise UserError(
-          f"batch_size must be a positive multiple of the number of processes ({process_count}), "
-          f"got {bucket.batch_size}."
-        )
-    for name, value in {"seed": seed, "read_threads": read_threads, "workers": workers}.items():
-      if value < 0:
-        raise UserError(f"{name} must not be negative, got {value}.")
+    batch_sizes = [bucket.batch_size for bucket in self._buckets]
+    _check_numbers(
+      batch_sizes, process_count, seed=seed, read_threads=read_threads, workers=workers
+    )
     self._sources = list(source) if isinstance(source, Sequence) else [source]
     if weights is None:
       weights = [float(len(source.index)) for source in self._sources]
@@ -152,7 +147,6 @@ class TrainPipeline:
     self._system, self._targets = system, targets
     self._process_index, self._process_count = process_index, process_count
     rows = [self._plan(source, pack, seed) for source in self._sources]
-    batch_sizes = [bucket.batch_size for bucket in self._buckets]
     self.schedule = Schedule(rows, weights, batch_sizes, seed)
 
   @property
@@ -321,6 +315,18 @@ class TrainPipeline:
     if not record.frames:
       return Sample(chat.ids, chat.loss_mask)
     return Sample(chat.ids, chat.loss_mask, (len(record.frames),), decode_frames(record))
+
+
+def _check_numbers(batch_sizes: Sequence[int], process_count: int, **not_negative: int) -> None:
+  for size in batch_sizes:
+    if size < 1 or size % process_count:
+      raise UserError(
+        f"batch_size must be a positive multiple of the number of processes ({process_count}), "
+        f"got {size}."
+      )
+  for name, value in not_negative.items():
+    if value < 0:
+      raise UserError(f"{name} must not be negative, got {value}.")
 
 
 def _reason(error: Exception) -> str:

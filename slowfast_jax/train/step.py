@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from slowfast_jax.models.slowfast import SlowFast, SlowFastConfig, abstract_params, graphdef_of
 from slowfast_jax.shapes import Batch
@@ -85,16 +85,7 @@ def make_train_step(
   def loss_fn(learning: nnx.State, frozen: nnx.State, batch: Batch, total: Array):
     model = nnx.merge(graphdef, learning, frozen)
     hidden = model(batch, dtype=dtype, policy=remat, frame_chunk=frame_chunk)
-    return next_token_loss(
-      hidden,
-      model.decoder.projection(),
-      batch.targets,
-      batch.loss_weights,
-      total=total,
-      z_loss=z_loss,
-      chunk=chunk_length(len(batch.tokens), cfg.decoder.vocab_size),
-      most=_most_learned(cfg, batch),
-    )
+    return _loss(model, hidden, batch, total, z_loss)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     learning, frozen = split_frozen(state.params, optimizer_config)
@@ -117,6 +108,22 @@ def make_train_step(
     return TrainState(state.step + 1, nnx.merge_state(learning, frozen), opt_state), metrics
 
   return train_step
+
+
+def _loss(
+  model: SlowFast, hidden: Float[Array, "B T D"], batch: Batch, total: Array, z_loss: float
+) -> tuple[Array, Metrics]:
+  """What is minimised, of a batch's last hidden states, and its metrics."""
+  return next_token_loss(
+    hidden,
+    model.decoder.projection(),
+    batch.targets,
+    batch.loss_weights,
+    total=total,
+    z_loss=z_loss,
+    chunk=chunk_length(len(batch.tokens), model.cfg.decoder.vocab_size),
+    most=_most_learned(model.cfg, batch),
+  )
 
 
 def _most_learned(cfg: SlowFastConfig, batch: Batch) -> int:
