@@ -151,7 +151,7 @@ def _place(rows: str, count: int, kv_heads: int, mesh: AbstractMesh) -> Partitio
 
 def _splash(
   q: Array, k: Array, v: Array, segments: Array, causal: bool, interpret: bool
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N W"]:
   """Splash attention of the arrays of one device."""
   T, N = q.shape[1:3]
   block = _block(T)

@@ -3,6 +3,7 @@
 
 import hashlib
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -83,7 +84,11 @@ def numbers_of(line: Mapping[str, Any]) -> dict[str, float]:
   for name, value in line.items():
     items = {f"{name}/{i}": one for i, one in enumerate(value)} if isinstance(value, list) else {}
     flat |= items or {name: value}
-  return {name: value for name, value in flat.items() if isinstance(value, int | float)}
+  return {
+    name: value
+    for name, value in flat.items()
+    if isinstance(value, int | float) and math.isfinite(value)
+  }
 
 
 def _import(package: str, extra: str) -> Any:

@@ -185,7 +185,8 @@ def test_wandb_gets_the_numbers_of_a_resumed_run_under_its_old_name(tmp_path, mo
   for _ in range(2):
     (tracker,) = open_trackers("wandb", epath.Path(tmp_path), 0, config)
   assert begun[0]["id"] == begun[1]["id"]
-  tracker.write(3, numbers_of({"loss": 1.5, "gates": [0.0, 0.5], "skipped": None}))
+  none = {"skipped": None, "grad_norm": float("inf")}
+  tracker.write(3, numbers_of({"loss": 1.5, "gates": [0.0, 0.5, float("nan")], **none}))
   assert logged == [(3, {"loss": 1.5, "gates/0": 0.0, "gates/1": 0.5})]
 
 
