@@ -94,7 +94,7 @@ def cost_of(module: Module, mesh: dict[str, int]) -> Cost:
     one, times = item.instruction, item.times
     flops += times * flops_of(item)
     if item.fused is None:
-      cycles[_part(one, item, module)] += times * _cycles(one)
+      cycles[_part(one, module)] += times * _cycles(one)
       arrays |= {array: bytes_of(array) for array in one.arrays}
     if name := kernel_name(one):
       kernels[name] += times
@@ -215,7 +215,7 @@ def _cycles(one: Instruction) -> int:
   return max(int(match[1]), 0) if match else 0
 
 
-def _part(one: Instruction, item: Executed, module: Module) -> str:
+def _part(one: Instruction, module: Module) -> str:
   """What an instruction's cycles go to."""
   inner = one.called("calls")
   ops = {i.op for i in module.computations.get(inner, {}).values()} | {one.op}

@@ -124,9 +124,6 @@ class Recorder:
       self._telemetry.write(pending.step, line)
     self._show(pending.step, self._text(values))
 
-  def close(self) -> None:
-    self._file.close()
-
   def _count(self, pending: _Pending, values: dict[str, Any]) -> None:
     bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
     before = self.counts

@@ -58,7 +58,6 @@ def test_a_line_has_the_values_of_its_step_and_nothing_of_the_clock(file):
   made = recorder(file)
   made.add(1, metrics(), 3, 1e9)
   made.flush()
-  made.close()
   assert read_lines(file) == [
     {
       "step": 1, "loss": 1.0, "token_accuracy": 0.5, "gates": [0.0, 0.25], "grad_norm": 1.0,
@@ -89,7 +88,6 @@ def test_resuming_drops_later_lines_and_a_torn_one(file, rest):
   file.write_text("".join(f'{{"step": {step}}}\n' for step in (1, 2, 3, 4)) + rest)
   made = recorder(file, step=2)
   run_steps(made, [1.0], first=3)
-  made.close()
   lines = file.read_text().splitlines()
   assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 

@@ -51,8 +51,7 @@ class Shape:
     return q, k, k
 
 
-# Qwen2-7B (28 query heads on 4, of 128) on 64 frames of 81 tokens, 128 frames, and 100k tokens;
+# Of Qwen2-7B (28 query heads on 4, of 128): on 64 frames of 81 tokens, 128 frames, and 100k tokens;
 # one query is a step of decoding.
 TEXT_LENGTHS = (1, 64, 256, 512)
 KEY_LENGTHS = (5_184, 10_368, 98_304)
-QWEN2_7B = tuple(Shape(t, s, b) for b in (1, 4) for s in KEY_LENGTHS for t in TEXT_LENGTHS)
