@@ -102,6 +102,7 @@ def tokens_of(cfg: SlowFastConfig, num_frames: int) -> str:
 
 
 def format_facts(facts: Iterable[Fact]) -> str:
+  """A line for each fact, their values below one another."""
   return "\n".join(f"{name:<15}{value}" for name, value in facts)
 
 

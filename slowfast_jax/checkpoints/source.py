@@ -45,6 +45,7 @@ class Source:
 
 
 def parameter_shapes(model: SlowFastConfig) -> dict[str, tuple[int, ...]]:
+  """The shape of every parameter of this model, by its dotted path."""
   return {name: tuple(leaf.shape) for name, leaf in flatten(abstract_params(model)).items()}
 
 

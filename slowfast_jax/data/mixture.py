@@ -178,6 +178,7 @@ def _apportion(weights: Sequence[float]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4096)  # Neighbours in a stream ask for the same.
 def derive_seed(*parts: int) -> int:
+  """A seed that depends on all of these numbers, the same on every machine."""
   # Hashed, not added: else epoch 1 of seed 0 would be epoch 0 of seed 1.
   return int(np.random.SeedSequence(parts).generate_state(1)[0])
 

@@ -131,6 +131,7 @@ class RecordText:
 
 
 def text_of(record: Record) -> RecordText:
+  """What `texts.jsonl` says of a record."""
   kind = record.metadata.get("kind", "video")
   duration = float(np.float32(record.duration))  # As the record stores it.
   return RecordText(kind, len(record.frames), duration, record.conversations)
@@ -231,6 +232,7 @@ def _json(value: Any) -> str:
 
 
 def shard_name(shard: int, num_shards: int) -> str:
+  """The name of a shard's file, as TFDS writes it."""
   return f"{SHARD_PREFIX}{shard:05d}-of-{num_shards:05d}"
 
 
@@ -384,6 +386,7 @@ class RecordSource:
 
 
 def is_records_folder(path: str | os.PathLike) -> bool:
+  """Whether the folder has the files that make records a data set."""
   return (epath.Path(path) / INFO_FILE).exists() and (epath.Path(path) / INDEX_FILE).exists()
 
 

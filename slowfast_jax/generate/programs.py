@@ -108,6 +108,7 @@ def visual_tokens(
 
 
 def embed_prompts(model: SlowFast, prompts: Prompts, visual: Visual) -> Float[Array, "B T D"]:
+  """What the decoder reads: embeddings of the text, fast tokens where a video goes."""
   return model.embed(prompts.tokens, prompts.kind, visual.fast[:, :, None])
 
 
@@ -261,6 +262,7 @@ def rows_axis(state: Decoding) -> int:
 
 
 def is_stop(token: Int[Array, " B"], stop_ids: Int[Array, " stops"]) -> Bool[Array, " B"]:
+  """Which new tokens end their reply."""
   return jnp.isin(token, stop_ids)
 
 

@@ -143,6 +143,7 @@ class RowMedia:
 
 
 def as_tuple(sessions: Sessions) -> tuple[VideoSession, ...]:
+  """A prompt's videos and images in their order, however they were given."""
   if sessions is None:
     return ()
   return (sessions,) if isinstance(sessions, VideoSession) else tuple(sessions)

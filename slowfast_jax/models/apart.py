@@ -33,6 +33,7 @@ class Apart:
 
 
 def is_apart(x: Any) -> bool:
+  """Whether a stack has its layers as arrays of their own."""
   return isinstance(x, Apart)
 
 

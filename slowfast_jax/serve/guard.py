@@ -30,10 +30,12 @@ _DRAINED_BODIES = 4
 
 
 def error_response(error: ApiError) -> JSONResponse:
+  """An error as OpenAI's clients read it."""
   return JSONResponse(error.body, error.status, error.headers)
 
 
 def on_api_error(request: Request, error: Exception) -> Response:
+  """What an endpoint refuses."""
   assert isinstance(error, ApiError)
   return error_response(error)
 

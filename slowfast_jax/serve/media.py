@@ -161,6 +161,7 @@ class MediaReader:
 
 
 def too_many_bytes(limits: Limits) -> ApiError:
+  """The refusal of what is larger than a request may be."""
   return ApiError(
     413,
     f"It is larger than the {limits.body_mb:g} MB that this server takes; send a smaller one.",

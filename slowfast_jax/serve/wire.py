@@ -62,6 +62,7 @@ class Completion:
 
 
 def event(value: dict[str, Any]) -> str:
+  """A server-sent event."""
   return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 

@@ -217,6 +217,7 @@ def _check_fits(folder: str, given: Mapping[str, Any], wanted: Mapping[str, Any]
 
 
 def num_params(abstract: Any) -> int:
+  """How many numbers a tree of arrays, or of their shapes, holds."""
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
 
 
