@@ -131,7 +131,8 @@ def shapes(cfg):
 def output(cfg):
   """Hidden states of the same rows of pixels and ids."""
   geometry = geometry_of(cfg, {"num_frames": 10, "decoder_length": LENGTH, "text_bound": LENGTH})
-  batch, _ = batch_of(ROWS, dataclasses.replace(geometry, max_fast_frames=10))
+  # Not pooled: still images are among them, which training keeps apart from videos that are.
+  batch, _ = batch_of(ROWS, dataclasses.replace(geometry, max_fast_frames=10, pooled=False))
   pixels = np.random.default_rng(0).integers(0, 256, batch.frames.shape).astype(np.uint8)
   blocks = getattr(cfg.vision, "num_blocks", 1)
   with jax.disable_jit(blocks > 0):  # Eager: most programs are shared.
