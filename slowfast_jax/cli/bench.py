@@ -17,7 +17,7 @@ HELP = "run a benchmark of the checkout"
 EXAMPLES = """examples:
   slowfast bench data                                        records beside mp4: two minutes
   slowfast bench evaluate                                    videos encoded once: a minute
-  slowfast bench flops                                       from compiled programs: five minutes
+  slowfast bench flops                                       from compiled programs: half a minute
   slowfast bench generate                                    beside PyTorch: three minutes
   slowfast bench kernel --static                             all chips and shapes: takes hours
   slowfast bench kernel --static --chips=v5e --queries=512   a few minutes
