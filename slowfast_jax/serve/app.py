@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
+from starlette.types import Receive, Scope, Send
 
 from slowfast_jax.serve.answers import Answer, make_ask, or_gone
 from slowfast_jax.serve.body import ChatBody, parse_chat
@@ -155,11 +156,7 @@ class _Api:
       return Response(status_code=499)
     options = body.stream_options
     writer = Completion(self._service.model, bool(options and options.include_usage))
-    return StreamingResponse(
-      _events(answer, writer, first, pieces),
-      media_type="text/event-stream",
-      headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-    )
+    return _Stream(answer, writer, first, pieces)
 
   def _check_model(self, name: str) -> None:
     if name != self._service.model:
@@ -233,23 +230,36 @@ async def _gone(request: Request) -> None:
     await asyncio.sleep(0)
 
 
+class _Stream(StreamingResponse):
+  """An answer as it comes. However it ends, also before it began, the answer's slot is free."""
+
+  def __init__(
+    self, answer: Answer, writer: Completion, first: Piece, pieces: AsyncIterator[Piece]
+  ):
+    super().__init__(
+      _events(writer, first, pieces),
+      media_type="text/event-stream",
+      headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+    )
+    self._answer = answer
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    try:
+      await super().__call__(scope, receive, send)
+    finally:
+      self._answer.cancel()
+
+
 async def _events(
-  answer: Answer, writer: Completion, first: Piece, pieces: AsyncIterator[Piece]
+  writer: Completion, first: Piece, pieces: AsyncIterator[Piece]
 ) -> AsyncIterator[str]:
-  finished = False
   try:
     yield writer.first()
     for text in writer.events(first):
       yield text
-    finished = first.finish is not None
-    if not finished:
+    if first.finish is None:
       async for piece in pieces:
         for text in writer.events(piece):
           yield text
-    finished = True
   except ApiError as error:
-    finished = True
     yield error_event(error)
-  finally:
-    if not finished:
-      answer.cancel()

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The line before the slots: bounded, timed, and with nobody in it whom nobody waits for."""
 
+import asyncio
 import dataclasses
+import json
 import queue
 import threading
 import time
@@ -11,8 +13,10 @@ import pytest
 
 from slowfast_jax.errors import UserError
 from slowfast_jax.generate.slots import Progress
+from slowfast_jax.serve.app import Service, make_app
 from slowfast_jax.serve.decode import DecodedMedia
 from slowfast_jax.serve.errors import ApiError
+from slowfast_jax.serve.limits import Limits
 from slowfast_jax.serve.media import Medium
 from slowfast_jax.serve.metrics import Metrics
 from slowfast_jax.serve.scheduler import Ask, Scheduler
@@ -198,6 +202,32 @@ def test_who_has_gone_frees_its_slot_and_its_place():
   assert slots.released == [0]
   assert len(slots.requests) == 3
   assert all(not isinstance(item, ApiError) for item in readers[0].heard.queue)
+
+
+def test_who_goes_before_a_stream_begins_frees_its_slot():
+  gate = threading.Semaphore(2)
+  _, slots, scheduler = make(gate)
+  app = make_app(Service("tiny", scheduler, None, None, Metrics(), Limits()))
+  messages = [{"role": "user", "content": "Hi"}]
+  body = {"model": "tiny", "stream": True, "messages": messages}
+  content = iter([json.dumps(body).encode()])
+
+  async def receive():
+    if part := next(content, None):
+      return {"type": "http.request", "body": part, "more_body": False}
+    await asyncio.Event().wait()
+
+  async def send(message):
+    raise OSError("the client has gone")
+
+  scope = {
+    "type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"",
+    "headers": [(b"content-type", b"application/json")], "asgi": {"spec_version": "2.4"},
+  }  # fmt: skip
+  with scheduler:
+    asyncio.run(app(scope, receive, send))
+    gate.release(10**6)
+  assert slots.released == [0]
 
 
 def test_time_runs_out_in_the_line_and_in_a_slot():
