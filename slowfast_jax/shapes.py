@@ -15,6 +15,9 @@ from jaxtyping import Float, Int, UInt8
 # What a decoder position holds (`Batch.kind`).
 PAD, PROMPT, RESPONSE, FAST = 0, 1, 2, 3
 
+# Which positions query slow tokens (`Batch.text_index`, semantics section 4).
+QUERY_SETS = ("text-only", "text-only-masksystem", "all")
+
 # NumPy on the host, JAX on the device, shapes alone where a program is only compiled.
 Array = Any
 

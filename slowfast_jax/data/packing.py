@@ -14,9 +14,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from slowfast_jax.data.chat import IMAGE_TOKEN
 from slowfast_jax.errors import UserError
 from slowfast_jax.models.compressor import pooling_matrix
-from slowfast_jax.shapes import FAST, PROMPT, RESPONSE, Batch
-
-QUERY_SETS = ("text-only", "text-only-masksystem", "all")
+from slowfast_jax.shapes import FAST, PROMPT, QUERY_SETS, RESPONSE, Batch
 
 
 @dataclasses.dataclass(frozen=True)

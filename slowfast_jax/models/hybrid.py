@@ -19,10 +19,10 @@ from slowfast_jax.kernels.cross_attention import cross_attention
 from slowfast_jax.kernels.cross_attention.context_parallel import Layout, cross_attention_on_mesh
 from slowfast_jax.models.decoder import Decoder, DecoderConfig
 from slowfast_jax.models.layers import Projection, RMSNorm, Rngs, make_param
+from slowfast_jax.shapes import QUERY_SETS
 from slowfast_jax.sharding import RULES, mesh_in_force
 
 GATES = ("dynamic", "dynamic-tanh", "dynamic-tanh-warmup")
-QUERY_SETS = ("text-only", "text-only-masksystem", "all")
 INITS = ("decoder", "reference")
 
 

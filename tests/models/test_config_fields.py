@@ -11,11 +11,12 @@ import pytest
 
 from slowfast_jax.models.convnext import ConvNeXtConfig
 from slowfast_jax.models.decoder import DecoderConfig
-from slowfast_jax.models.hybrid import GATES, QUERY_SETS, HybridConfig
+from slowfast_jax.models.hybrid import GATES, HybridConfig
 from slowfast_jax.models.lora import LoraConfig
 from slowfast_jax.models.rope import LlamaRopeScaling
 from slowfast_jax.models.slowfast import CompressorConfig, SlowFastConfig
 from slowfast_jax.models.vit import ViTConfig
+from slowfast_jax.shapes import QUERY_SETS
 from slowfast_jax.train.plan import geometry_of
 from tests.models.tiny import LENGTH, ROWS, batch_of, config, random_model, random_params
 

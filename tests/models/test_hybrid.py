@@ -14,7 +14,6 @@ from slowfast_jax.kernels.self_attention import Causal
 from slowfast_jax.models.compressor import compress
 from slowfast_jax.models.hybrid import (
   GATES,
-  QUERY_SETS,
   HybridConfig,
   SlowQuery,
   adapters_from_decoder,
@@ -22,7 +21,7 @@ from slowfast_jax.models.hybrid import (
 )
 from slowfast_jax.models.layers import layer_of
 from slowfast_jax.models.slowfast import graphdef_of, make_adapters
-from slowfast_jax.shapes import FAST
+from slowfast_jax.shapes import FAST, QUERY_SETS
 from tests.models.tiny import (
   CONFIG,
   ROWS,

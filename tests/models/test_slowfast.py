@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 
 from slowfast_jax.models.convnext import ConvNeXtConfig
-from slowfast_jax.models.hybrid import GATES, QUERY_SETS
+from slowfast_jax.models.hybrid import GATES
 from slowfast_jax.models.rope import LlamaRopeScaling
 from slowfast_jax.models.slowfast import graphdef_of
+from slowfast_jax.shapes import QUERY_SETS
 from slowfast_jax.sharding import make_mesh, sharding_of
 from tests.models import oracle
 from tests.models.tiny import (
