@@ -174,6 +174,11 @@ def geometry_of(model: SlowFastConfig, data: Mapping[str, Any], place: str = "da
 
 
 def optimizer_config(c: ml_collections.ConfigDict) -> OptimizerConfig:
+  """The optimiser's numbers: those of the config, and what follows from its other fields.
+
+  Raises:
+    UserError: there is no such field.
+  """
   fields = c.optimizer.to_dict()
   known = {field.name for field in dataclasses.fields(OptimizerConfig)} - {"total_steps"}
   if unknown := sorted(set(fields) - known):

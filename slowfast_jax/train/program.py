@@ -57,6 +57,7 @@ class Program:
 
 
 def shapes_of(batch: Batch) -> Shapes:
+  """By which the program of a batch is found."""
   return tuple(leaf.shape for leaf in jax.tree.leaves(batch))
 
 
