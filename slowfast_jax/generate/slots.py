@@ -5,8 +5,9 @@ A prompt is prefilled alone, in a bucket of lengths, and copied into a free row 
 Every step then takes a few new tokens of all slots at once.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -89,6 +90,8 @@ class Slots:
     leaves, tree = jax.tree.flatten(self._empty())
     shardings = [leaf.sharding for leaf in leaves]
     self._state, self._visual = tree.unflatten(jax.device_put(leaves, shardings))
+    self._fresh = lambda: tree.unflatten(jax.device_put(jax.tree.leaves(self._empty()), shardings))
+    self._lost = False  # Whether a program has failed, which had the arrays for good.
     state_tree: Any = jax.tree.structure(self._state)
 
     def decode(model, **arguments):
@@ -154,7 +157,10 @@ class Slots:
     if slot is None:
       raise UserError(f"All {self._count} slots are in use; wait until one is free.")
     sampling = make_sampling(1, request.temperature, request.top_p, request.top_k, request.seed)
-    self._fill(slot, request, sampling)
+    if self._lost and not self._used:
+      self._renew()
+    with self._donating():
+      self._fill(slot, request, sampling)
     self._limits[slot] = request.max_new_tokens
     for name in ("temperature", "top_p", "top_k", "seed"):
       getattr(self._sampling, name)[slot] = getattr(sampling, name)[0]
@@ -162,12 +168,17 @@ class Slots:
     return slot
 
   def step(self) -> list[Progress]:
-    """Takes a few new tokens of every slot in use, and tells each slot's."""
+    """Takes a few new tokens of every slot in use, and tells each slot's.
+
+    Raises:
+      Exception: what every slot held is lost; once all are released, others can be added.
+    """
     if not self._used:
       return []
-    self._advance(STREAM_STEPS, next(n for n in self._sizes if n > max(self._used)))
-    state = self._state
-    tokens, counts, stopped = jax.device_get((state.tokens, state.counts, state.stopped))
+    with self._donating():
+      self._advance(STREAM_STEPS, next(n for n in self._sizes if n > max(self._used)))
+      state = self._state
+      tokens, counts, stopped = jax.device_get((state.tokens, state.counts, state.stopped))
     found = []
     for slot, told in list(self._used.items()):
       count = int(counts[slot])
@@ -187,6 +198,22 @@ class Slots:
     self._used.pop(slot, None)
     self._limits[slot] = 0
     self._sampling.temperature[slot] = 0.0
+
+  @contextlib.contextmanager
+  def _donating(self) -> Iterator[None]:
+    """Remembers that what runs inside has failed: its arrays are deleted, or hold the failure."""
+    try:
+      yield
+    except Exception:
+      self._lost = True
+      raise
+
+  def _renew(self) -> None:
+    """Slots as new, of which none is in use."""
+    for leaf in jax.tree.leaves((self._state, self._visual)):
+      leaf.delete()  # First: there may be no room for both.
+    self._state, self._visual = self._fresh()
+    self._lost = False
 
   def warm_up(
     self,

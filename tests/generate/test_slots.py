@@ -107,6 +107,23 @@ def test_a_reply_ends_at_a_stop_token(engine, slots, monkeypatch):
   assert serve(slots, [request]) == ([reply[:1]], ["stop"])
 
 
+def test_a_step_that_fails_costs_the_requests_of_its_slots_alone(engine, slots, monkeypatch):
+  request = make_requests(engine)[0]
+
+  def fail(*, state, **_):
+    for leaf in jax.tree.leaves(state):
+      leaf.delete()  # As XLA does with what a program was given for good.
+    raise RuntimeError("out of memory")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(slots, "_decode", fail)
+    failed = slots.add(request)
+    with pytest.raises(RuntimeError, match="out of memory"):
+      slots.step()
+    slots.release(failed)
+  assert serve(slots, [request]) == ([generate(engine, request)], ["length"])
+
+
 def test_a_released_slot_is_free_and_leaves_nothing_behind(engine, slots):
   first, second, *_ = make_requests(engine)
   slot, other = slots.add(first), slots.add(second)
