@@ -294,9 +294,8 @@ class Engine:
 
     Args:
       questions: or conversations that end with one.
-      sessions, max_new_tokens: as in `generate`.
-      temperature, top_p, top_k, seed, decode_cross_attention: as in `generate`.
       stop: a reply ends before the first of these strings; nothing is computed past them.
+      All others: as in `generate`.
 
     Raises:
       UserError: questions and sessions do not match, or as `generate`.

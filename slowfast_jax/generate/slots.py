@@ -89,8 +89,8 @@ class Slots:
     tree: Any
     leaves, tree = jax.tree.flatten(self._empty())
     shardings = [leaf.sharding for leaf in leaves]
-    self._state, self._visual = tree.unflatten(jax.device_put(leaves, shardings))
-    self._fresh = lambda: tree.unflatten(jax.device_put(jax.tree.leaves(self._empty()), shardings))
+    self._place = lambda leaves: tree.unflatten(jax.device_put(leaves, shardings))
+    self._state, self._visual = self._place(leaves)
     self._lost = False  # Whether a program has failed, which had the arrays for good.
     state_tree: Any = jax.tree.structure(self._state)
 
@@ -212,7 +212,7 @@ class Slots:
     """Slots as new, of which none is in use."""
     for leaf in jax.tree.leaves((self._state, self._visual)):
       leaf.delete()  # First: there may be no room for both.
-    self._state, self._visual = self._fresh()
+    self._state, self._visual = self._place(jax.tree.leaves(self._empty()))
     self._lost = False
 
   def warm_up(
